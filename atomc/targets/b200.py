@@ -1,0 +1,28 @@
+"""NVIDIA B200 in HGX and DGX systems (Blackwell, sm_100).
+
+Sources: NVIDIA Blackwell architecture brief, HGX B200 at 1,000 W (dense bf16 2.25, FP8 4.5, FP4 9 PFLOP/s); DGX B200
+datasheet (eight GPUs with 1,440 GB and 64 TB/s together; NVLink 5, 1.8 TB/s both ways through NVSwitch); 148 SMs as the
+driver reports; CUDA C++ programming guide, compute capability 10.0 (227 KiB of shared memory a block, 64 K registers an
+SM, 255 a thread). The accumulators' tensor memory (256 KiB an SM) is the kernel compiler's affair and not listed.
+"""
+
+from atomc.targets.target import KIB, Link, Peaks, Target, TritonBackend
+
+TARGET = Target(
+    name="b200",
+    product="NVIDIA B200",
+    vendor="nvidia",
+    arch="sm_100",
+    triton=TritonBackend("cuda", 100, 32),
+    fp8="ocp",
+    mx="native",
+    compute_units=148,
+    wavefront=32,
+    shared_bytes=227 * KIB,
+    register_file_bytes=256 * KIB,
+    registers_per_lane=255,
+    peaks=Peaks(bf16=2.25e15, fp8=4.5e15, fp4=9.0e15),
+    memory_bytes=180_000_000_000,
+    memory_rate=8.0e12,
+    link=Link(topology="switch", rate=900.0e9, devices=8),
+)

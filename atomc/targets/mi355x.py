@@ -1,0 +1,28 @@
+"""AMD Instinct MI355X (CDNA 4, gfx950).
+
+Sources: ROCm documentation, "AMD GPU specifications" (256 CUs, wavefront 64, LDS 160 KiB, VGPR file 512 KiB, 288 GiB);
+AMD CDNA 4 white paper and MI355X datasheet for clock (2.4 GHz), matrix FLOPs per clock and CU (bf16 4,096, OCP FP8
+8,192, MXFP4 16,384: 2.5, 5.0, 10.1 PFLOP/s), memory (HBM3E, 8 TB/s) and Infinity Fabric (seven links of 153.6 GB/s both
+ways, each to one peer). Registers per lane: CDNA 4 ISA, 256 VGPRs + 256 AGPRs.
+"""
+
+from atomc.targets.target import GIB, KIB, Link, Peaks, Target, TritonBackend
+
+TARGET = Target(
+    name="mi355x",
+    product="AMD Instinct MI355X",
+    vendor="amd",
+    arch="gfx950",
+    triton=TritonBackend("hip", "gfx950", 64),
+    fp8="ocp",
+    mx="native",
+    compute_units=256,
+    wavefront=64,
+    shared_bytes=160 * KIB,
+    register_file_bytes=512 * KIB,
+    registers_per_lane=512,
+    peaks=Peaks(bf16=2.5166e15, fp8=5.0332e15, fp4=10.0663e15),
+    memory_bytes=288 * GIB,
+    memory_rate=8.0e12,
+    link=Link(topology="mesh", rate=7 * 76.8e9, devices=8),
+)

@@ -1,0 +1,120 @@
+"""What a target is: the facts of one kind of device that passes, kernels and cost formulas may rely on.
+
+Facts are data. Nothing here asks a device: an artifact for an MI355X is compiled, sized and predicted on a laptop.
+
+Terms: a *compute unit* is AMD's CU or NVIDIA's SM; a *wavefront* is AMD's wave or NVIDIA's warp; *shared memory* is
+AMD's LDS. Peaks are dense (no structured sparsity), at the highest clock the vendor lists. Links are counted in one
+direction. All sizes are bytes, all rates are per second.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+KIB = 1024
+GIB = 1024**3
+
+Vendor = Literal["none", "amd", "nvidia"]
+Fp8Dialect = Literal["ocp", "fnuz"]
+MxSupport = Literal["native", "emulated", "none"]
+Topology = Literal["none", "mesh", "switch"]
+Format = Literal["bf16", "fp8", "fp4"]
+
+
+@dataclass(frozen=True, slots=True)
+class TritonBackend:
+    """The triple that Triton compiles for: `GPUTarget(backend, arch, warp_size)`."""
+
+    backend: Literal["hip", "cuda"]
+    arch: str | int
+    warp_size: Literal[32, 64]
+
+
+@dataclass(frozen=True, slots=True)
+class Peaks:
+    """Dense matrix throughput in FLOP/s by operand format; None where no matrix instruction takes the format."""
+
+    bf16: float
+    fp8: float | None
+    fp4: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """How the devices of one node reach one another.
+
+    Attributes:
+        topology: `switch`: one pair alone may use the whole rate; `mesh`: a pair has `rate / (devices - 1)`.
+        rate: bytes per second out of one device to all its peers together, one direction.
+        devices: devices of one node that are connected this way, itself included.
+    """
+
+    topology: Topology
+    rate: float
+    devices: int
+
+    @property
+    def pair_rate(self) -> float:
+        """Bytes per second from one device to one peer."""
+        return self.rate / (self.devices - 1) if self.topology == "mesh" else self.rate
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One kind of device.
+
+    Attributes:
+        name: what `--target` takes.
+        product: the vendor's name, for reports.
+        vendor: who made it; `none` for the embedded cpu target.
+        arch: instruction set, as the assembler calls it (`gfx950`, `sm_90`).
+        triton: what Triton compiles for; None where no kernel is generated (cpu runs the references).
+        fp8: `ocp` (e4m3fn, largest 448) or `fnuz` (e4m3fnuz, largest 240): bytes of one read as the other are wrong.
+        mx: scaled FP8/FP4 products (one E8M0 scale per 32 values): `native` instructions, `emulated` by expansion to a
+            wider format, or `none` when the kernel compiler cannot lower them.
+        compute_units: CUs or SMs.
+        wavefront: lanes that run in lockstep; 1 on the cpu.
+        shared_bytes: shared memory (LDS) that one workgroup may take.
+        register_file_bytes: vector registers of one compute unit.
+        registers_per_lane: most 32-bit registers of one lane (AMD: VGPRs and AGPRs together).
+        peaks: matrix throughput.
+        memory_bytes: capacity of the device memory as listed; what a process may take is a few percent less.
+        memory_rate: peak bandwidth of the device memory.
+        link: the connection inside a node.
+    """
+
+    name: str
+    product: str
+    vendor: Vendor
+    arch: str
+    triton: TritonBackend | None
+    fp8: Fp8Dialect
+    mx: MxSupport
+    compute_units: int
+    wavefront: int
+    shared_bytes: int
+    register_file_bytes: int
+    registers_per_lane: int
+    peaks: Peaks
+    memory_bytes: int
+    memory_rate: float
+    link: Link
+
+    def peak(self, operands: Format) -> float:
+        """Dense FLOP/s of a product whose operands are stored as `operands`.
+
+        A format without an instruction counts at the rate of the next wider one that has it: that is what a kernel does
+        (each e2m1 value is an e4m3 value, each e4m3 value a bf16 value, so the expansion is exact).
+        """
+        wider: dict[Format, tuple[float | None, ...]] = {
+            "fp4": (self.peaks.fp4, self.peaks.fp8),
+            "fp8": (self.peaks.fp8,),
+            "bf16": (),
+        }
+        return next((rate for rate in wider[operands] if rate is not None), self.peaks.bf16)
+
+    @property
+    def is_gpu(self) -> bool:
+        """Whether kernels are generated for it."""
+        return self.triton is not None
