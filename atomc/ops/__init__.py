@@ -1,0 +1,32 @@
+"""The vocabulary of the IR: importing this package defines every `torch.ops.atom` operator."""
+
+from atomc.ops import (
+    activation,
+    attention,
+    cache,
+    compressor,
+    experts,
+    hyper_connection,
+    indexer,
+    norm,
+    rope,
+    router,
+)
+from atomc.ops.batch import Batch
+from atomc.ops.registry import OPS, Op
+
+__all__ = [
+    "OPS",
+    "Batch",
+    "Op",
+    "activation",
+    "attention",
+    "cache",
+    "compressor",
+    "experts",
+    "hyper_connection",
+    "indexer",
+    "norm",
+    "rope",
+    "router",
+]

@@ -1,0 +1,125 @@
+"""Core attention over window rows and compressed rows with a sink, one shared KV head (spec 2.4)."""
+
+from __future__ import annotations
+
+import torch
+
+from atomc.ops.cache import physical_rows
+from atomc.ops.registry import define
+from atomc.ops.rope import rope
+
+GATHER_ELEMENTS = 1 << 23  # elements of gathered rows the reference holds at once
+
+
+def _window_rows(
+    window: torch.Tensor, table: torch.Tensor, requests: torch.Tensor, positions: torch.Tensor, size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gathered window rows [t, size, d] and which of them exist [t, size]."""
+    rows = positions.long()[:, None] + torch.arange(1 - size, 1, device=positions.device)
+    flat = physical_rows(table, requests.long()[:, None], rows, window.shape[1])
+    return window.view(-1, window.shape[-1])[flat], rows >= 0
+
+
+def _compressed_rows(
+    cache: torch.Tensor,
+    table: torch.Tensor,
+    topk: torch.Tensor | None,
+    requests: torch.Tensor,
+    positions: torch.Tensor,
+    ratio: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gathered compressed rows [t, n, d] and which are selected and visible [t, n]."""
+    visible = ((positions.long() + 1) // ratio)[:, None]
+    if topk is None:
+        rows = torch.arange(int(visible.max()), device=positions.device).expand(positions.shape[0], -1)
+    else:
+        rows = topk.long()
+    valid = (rows >= 0) & (rows < visible)
+    flat = physical_rows(table, requests.long()[:, None], torch.where(valid, rows, -1), cache.shape[1])
+    return cache.view(-1, cache.shape[-1])[flat], valid
+
+
+def _attend(q: torch.Tensor, rows: torch.Tensor, valid: torch.Tensor, sink: torch.Tensor, scale: float) -> torch.Tensor:
+    """softmax over rows and the sink, which has no value: q [t, H, d], rows [t, n, d], valid [t, n] -> [t, H, d]."""
+    rows = torch.where(valid[..., None], rows, 0).float()  # a free page may hold NaN, and 0 * NaN is NaN
+    scores = torch.bmm(q.float(), rows.transpose(1, 2)) * scale
+    scores = scores.masked_fill(~valid[:, None, :], float("-inf"))
+    sinks = sink.float()[None, :, None].expand(q.shape[0], -1, 1)
+    weights = torch.softmax(torch.cat((scores, sinks), dim=-1), dim=-1)[..., :-1]
+    return torch.bmm(weights, rows).to(q.dtype)
+
+
+@define(
+    "sparse_attention(Tensor q, Tensor window, Tensor window_table, Tensor? cache, Tensor block_table, Tensor? topk,"
+    " Tensor sink, Tensor requests, Tensor positions, float scale, int window_size, int ratio) -> Tensor",
+    tokens="q",
+    spec="2.4, 6.1 K15-K16",
+    fake=lambda q, *_, **__: torch.empty_like(q),
+)
+def sparse_attention(
+    q: torch.Tensor,
+    window: torch.Tensor,
+    window_table: torch.Tensor,
+    cache: torch.Tensor | None,
+    block_table: torch.Tensor,
+    topk: torch.Tensor | None,
+    sink: torch.Tensor,
+    requests: torch.Tensor,
+    positions: torch.Tensor,
+    scale: float,
+    window_size: int,
+    ratio: int,
+) -> torch.Tensor:
+    """One softmax per head over the last `window_size` rows, compressed rows, and the sink; K = V = row.
+
+    Args:
+        q: [T, H, d] after RoPE. window: [pages, page, d]. sink: [H] fp32 logits, not scaled.
+        cache: [blocks, rows, d] compressed rows, or None (SWA layer).
+        topk: [T, K] int32 selected rows (CSA), or None: every visible row, i < (t + 1) // ratio (HCA).
+    Returns:
+        [T, H, d] in q's dtype, before the inverse RoPE.
+    """
+    out = torch.empty_like(q)
+    most = int(positions.max() + 1) // ratio if cache is not None and topk is None else 0
+    width = window_size + (topk.shape[1] if topk is not None else most)
+    chunk = max(1, GATHER_ELEMENTS // (width * q.shape[-1]))
+    for at in range(0, q.shape[0], chunk):
+        part = slice(at, at + chunk)
+        rows, valid = _window_rows(window, window_table, requests[part], positions[part], window_size)
+        if cache is not None:
+            chosen = topk[part] if topk is not None else None
+            more, seen = _compressed_rows(cache, block_table, chosen, requests[part], positions[part], ratio)
+            rows, valid = torch.cat((rows, more), dim=1), torch.cat((valid, seen), dim=1)
+        out[part] = _attend(q[part], rows, valid, sink, scale)
+    return out
+
+
+@define(
+    "sparse_attention_inverse_rope(Tensor q, Tensor window, Tensor window_table, Tensor? cache, Tensor block_table,"
+    " Tensor? topk, Tensor sink, Tensor requests, Tensor positions, float scale, int window_size, int ratio,"
+    " Tensor cos, Tensor sin) -> Tensor",
+    tokens="q",
+    spec="2.4, 6.1 K15-K17",
+    fake=lambda q, *_, **__: torch.empty_like(q),
+)
+def sparse_attention_inverse_rope(
+    q: torch.Tensor,
+    window: torch.Tensor,
+    window_table: torch.Tensor,
+    cache: torch.Tensor | None,
+    block_table: torch.Tensor,
+    topk: torch.Tensor | None,
+    sink: torch.Tensor,
+    requests: torch.Tensor,
+    positions: torch.Tensor,
+    scale: float,
+    window_size: int,
+    ratio: int,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+) -> torch.Tensor:
+    """`sparse_attention`, then the inverse rotation at the query's position; cos, sin [T, rd/2] fp32."""
+    o = sparse_attention(
+        q, window, window_table, cache, block_table, topk, sink, requests, positions, scale, window_size, ratio
+    )
+    return rope(o, cos.unsqueeze(-2), sin.unsqueeze(-2), True)

@@ -1,0 +1,64 @@
+"""Paged caches: where a row lives, and the insertion of new rows (spec 4.1, 4.2)."""
+
+from __future__ import annotations
+
+import torch
+
+from atomc.ops.norm import rms_norm
+from atomc.ops.registry import define, no_output
+from atomc.ops.rope import rope
+
+
+def physical_rows(table: torch.Tensor, requests: torch.Tensor, rows: torch.Tensor, page: int) -> torch.Tensor:
+    """Flat row index in a cache [pages, page, d] of logical `rows`, through a table used as a ring of pages.
+
+    Negative rows give row 0, which belongs to the reserved page 0.
+    """
+    column = (rows // page) % table.shape[1]
+    flat = table[requests, column].long() * page + rows % page
+    return torch.where(rows < 0, 0, flat)
+
+
+@define(
+    "cache_insert(Tensor(a!) cache, Tensor x, Tensor table, Tensor requests, Tensor rows) -> ()",
+    tokens="x",
+    spec="4.1, 6.1 K9",
+    fake=no_output,
+)
+def cache_insert(
+    cache: torch.Tensor, x: torch.Tensor, table: torch.Tensor, requests: torch.Tensor, rows: torch.Tensor
+) -> None:
+    """Store x [N, d] at logical `rows` [N] of the requests [N]; a negative row is a padding entry.
+
+    Args:
+        cache: [pages, page, d]. table: [B, columns], used modulo its width. Padding lands in reserved page 0.
+    """
+    flat = physical_rows(table, requests, rows, cache.shape[1])
+    cache.view(-1, cache.shape[-1]).index_copy_(0, flat, x.to(cache.dtype))
+
+
+@define(
+    "qk_norm_rope_insert(Tensor q, Tensor kv, Tensor cos, Tensor sin, float eps, Tensor(a!) cache, Tensor table,"
+    " Tensor requests, Tensor positions) -> Tensor",
+    tokens="q",
+    spec="2.3, 6.1 K9",
+    fake=lambda q, *_, **__: torch.empty_like(q),
+)
+def qk_norm_rope_insert(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    eps: float,
+    cache: torch.Tensor,
+    table: torch.Tensor,
+    requests: torch.Tensor,
+    positions: torch.Tensor,
+) -> torch.Tensor:
+    """Per-head q norm and RoPE of q [T, H, dh]; RoPE of kv [T, dh] (already normed) and its insertion as window rows.
+
+    Args:
+        cos, sin: [T, rd/2] fp32.
+    """
+    cache_insert(cache, rope(kv, cos, sin, False), table, requests, positions)
+    return rope(rms_norm(q, None, eps), cos.unsqueeze(-2), sin.unsqueeze(-2), False)

@@ -1,0 +1,76 @@
+"""The registry of `atom::` operators: schema, reference semantics, fake, and what a pass or planner must know of each.
+
+An operator *means* its reference, a plain torch function. Kernels are measured against it; the cpu target runs it.
+Declared with `torch.library.Library` (a `custom_op`'s first call imports dynamo, inductor, sympy and triton: 1.5 s).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+NAMESPACE = "atom"
+LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+
+Reference = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Op:
+    """One operator of the IR.
+
+    Attributes:
+        name: the name below `torch.ops.atom`.
+        schema: the torch schema; `Tensor(a!)` marks what it mutates.
+        reference: plain torch, the semantics.
+        tokens: the name of the argument whose dim 0 counts tokens (or rows of work), for cost formulas and chunking.
+        spec: where the mathematics is specified (section of the model specification).
+    """
+
+    name: str
+    schema: str
+    reference: Reference
+    tokens: str
+    spec: str
+
+    @property
+    def overload(self) -> torch._ops.OpOverload:
+        """The callable operator, `torch.ops.atom.<name>.default`."""
+        overload: torch._ops.OpOverload = getattr(getattr(torch.ops, NAMESPACE), self.name).default
+        return overload
+
+    @property
+    def mutates(self) -> tuple[str, ...]:
+        """Names of the arguments that the operator writes."""
+        arguments = self.overload._schema.arguments
+        return tuple(a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write)
+
+
+OPS: dict[str, Op] = {}
+
+
+def no_output(*_: object, **__: object) -> None:
+    """The fake of an operator that only mutates its arguments."""
+
+
+def define(schema: str, *, tokens: str, spec: str, fake: Reference | None = None) -> Callable[[Reference], Reference]:
+    """Declare the operator `atom::<schema>` whose semantics is the decorated function.
+
+    `fake` gives output shapes and dtypes under fake tensors; without it the reference itself is run on fakes, which is
+    right for every reference free of data-dependent shapes and of `.item()`.
+    """
+
+    def decorate(reference: Reference) -> Reference:
+        name = schema.split("(", 1)[0]
+        if name in OPS:
+            raise ValueError(f"operator atom::{name} is already defined by {OPS[name].reference.__module__}")
+        LIBRARY.define(schema)
+        LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fake or reference, lib=LIBRARY)
+        OPS[name] = Op(name, schema, reference, tokens, spec)
+        return reference
+
+    return decorate
