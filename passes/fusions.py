@@ -1,0 +1,306 @@
+"""The spellings of every fused operator: how the mathematics is written, here and in transformers.
+
+Each spelling's parameters are its operator's. Numbers in the examples are sentinels: a match reads them off the graph.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from atomc.ops import activation, hyper_connection, norm, rope, router
+from atomc.passes.canonicalize import END
+from atomc.passes.fuse import Emitter, Fuse
+from atomc.passes.graph import aten
+from atomc.passes.pattern import Example, Of, Spelling
+
+EPS, HC_EPS, LIMIT, SCALE, SUM_EPS = 0.00123, 0.00217, 3.21, 1.77, 0.00031
+F32, I32 = torch.float32, torch.int32
+atom = torch.ops.atom
+
+Norm = dict[str, Example]
+
+
+# RMSNorm and RoPE ------------------------------------------------------------------------------------------------
+
+
+def _head_norm(x: Tensor, eps: float) -> Tensor:
+    return norm.rms_norm(x, None, eps)
+
+
+RMS_NORM = Fuse("rms_norm", (Spelling(norm.rms_norm, {"x": Of((7, 22)), "weight": Of((22,), F32), "eps": EPS}),))
+RMS_NORM_UNIT = Fuse(
+    "rms_norm",
+    (Spelling(_head_norm, {"x": Of((7, 3, 22)), "eps": EPS}, adapt=lambda _, known: {**known, "weight": None}),),
+    variant="_unit",
+)
+_ROPE: dict[str, Example] = {"x": Of((7, 3, 22)), "cos": Of((7, 1, 5), F32), "sin": Of((7, 1, 5), F32)}
+
+
+def _half_rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE as `x * cos + rotate_half(x) * sin` with doubled angles: x [B, H, S, d], cos [B, S, rd/2]."""
+    cos = cos.repeat_interleave(2, dim=-1).unsqueeze(1)
+    sin = sin.repeat_interleave(2, dim=-1).unsqueeze(1)
+    nope, pe = x[..., : -cos.shape[-1]], x[..., -cos.shape[-1] :]
+    turned = torch.stack((-pe[..., 1::2], pe[..., 0::2]), dim=-1).flatten(-2)
+    return torch.cat([nope, ((pe.float() * cos) + (turned.float() * sin)).to(x.dtype)], dim=-1)
+
+
+def _with_head_dim(emit: Emitter, known: dict[str, Any]) -> dict[str, Any]:
+    cos, sin = (emit.call(aten.unsqueeze.default, known[k], -3) for k in ("cos", "sin"))
+    return {**known, "cos": cos, "sin": sin, "inverse": False}
+
+
+_HALF_ROTATED = Spelling(
+    _half_rotated,
+    {"x": Of((2, 3, 7, 22)), "cos": Of((2, 7, 5), F32), "sin": Of((2, 7, 5), F32)},
+    adapt=_with_head_dim,
+    source="transformers",
+)
+ROPE = Fuse("rope", (Spelling(rope.rope, _ROPE, fixed={"inverse": False}), _HALF_ROTATED))
+ROPE_INVERSE = Fuse("rope", (Spelling(rope.rope, _ROPE, fixed={"inverse": True}),), variant="_inverse")
+
+# Hyper-connections -----------------------------------------------------------------------------------------------
+
+_HC: dict[str, Example] = {
+    "h": Of((7, 4, 22)), "fn": Of((24, 88), F32), "base": Of((24,), F32), "scale": Of((3,), F32),
+    "norm_eps": EPS, "hc_eps": HC_EPS,
+}  # fmt: skip
+_HEAD: dict[str, Example] = {**_HC, "fn": Of((4, 88), F32), "base": Of((4,), F32), "scale": Of((1,), F32)}
+_POST: dict[str, Example] = {
+    "h": Of((7, 4, 22)), "y": Of((7, 22)), "post": Of((7, 4), F32), "comb": Of((7, 4, 4), F32),
+}  # fmt: skip
+
+
+def _normed_first(h: Tensor, fn: Tensor, norm_eps: float) -> Tensor:
+    """The mixing logits with the normalisation before the linear layer, not after."""
+    u = h.flatten(-2).float()
+    return F.linear(u * torch.rsqrt(u.square().mean(-1, keepdim=True) + norm_eps), fn)
+
+
+def _hc_pre_normed_first(
+    h: Tensor, fn: Tensor, base: Tensor, scale: Tensor, norm_eps: float, hc_eps: float, iters: int
+) -> hyper_connection.Pre:
+    mix = _normed_first(h, fn, norm_eps)
+    pre, post, comb = hyper_connection.coefficients(mix, base, scale, h.shape[-2], hc_eps, iters)
+    return (pre.unsqueeze(-1) * h).sum(dim=-2).to(h.dtype), post, comb
+
+
+def _hc_head_normed_first(h: Tensor, fn: Tensor, base: Tensor, scale: Tensor, norm_eps: float, hc_eps: float) -> Tensor:
+    pre = torch.sigmoid(_normed_first(h, fn, norm_eps) * scale + base) + hc_eps
+    return (pre.unsqueeze(-1) * h).sum(dim=-2).to(h.dtype)
+
+
+def hc_pre(iters: int) -> Fuse:
+    """Pre of one sublayer with `iters` Sinkhorn iterations."""
+    fixed = {"iters": iters}
+    return Fuse(
+        "hc_pre",
+        (
+            Spelling(hyper_connection.hc_pre, _HC, fixed=fixed),
+            Spelling(_hc_pre_normed_first, _HC, fixed=fixed, source="transformers"),
+        ),
+    )
+
+
+HC_HEAD = Fuse(
+    "hc_head",
+    (
+        Spelling(hyper_connection.hc_head, _HEAD),
+        Spelling(_hc_head_normed_first, _HEAD, source="transformers"),
+    ),
+)
+HC_POST = Fuse("hc_post", (Spelling(hyper_connection.hc_post, _POST),))
+
+# MoE -------------------------------------------------------------------------------------------------------------
+
+_ROUTER: dict[str, Example] = {"logits": Of((7, 101), F32), "scale": SCALE, "eps": SUM_EPS}
+
+
+def _moe_experts(x: Tensor, w13: Tensor, w2: Tensor, indices: Tensor, weights: Tensor, limit: float) -> Tensor:
+    gate, up = atom.grouped_linear(x, w13, indices).chunk(2, dim=-1)
+    a = F.silu(gate.float().clamp(max=limit)) * up.float().clamp(min=-limit, max=limit) * weights.unsqueeze(-1)
+    out: Tensor = atom.grouped_linear(a.to(x.dtype), w2, indices).float().sum(dim=1)
+    return out
+
+
+SWIGLU = Fuse("swiglu", (Spelling(activation.swiglu, {"gate": Of((7, 22)), "up": Of((7, 22)), "limit": LIMIT}),))
+ROUTE_TOPK = Fuse("route_topk", (Spelling(router.route_topk, {**_ROUTER, "bias": Of((101,), F32), "k": 37}),))
+ROUTE_HASH = Fuse(
+    "route_hash",
+    (Spelling(router.route_hash, {**_ROUTER, "ids": Of((7,), I32), "tid2eid": Of((53, 3), I32)}),
+     Spelling(router.route_hash, {**_ROUTER, "ids": Of((7,), torch.int64), "tid2eid": Of((53, 3), torch.int64)},
+              source="transformers")),
+)  # fmt: skip
+MOE_EXPERTS = Fuse(
+    "moe_experts",
+    (
+        Spelling(
+            _moe_experts,
+            {
+                "x": Of((7, 22)),
+                "w13": Of((5, 26, 22)),
+                "w2": Of((5, 22, 13)),
+                "indices": Of((7, 3), torch.int64),
+                "weights": Of((7, 3), F32),
+                "limit": LIMIT,
+            },  # fmt: skip
+        ),
+    ),
+)
+
+# Fusions of operators with their neighbours ------------------------------------------------------------------------
+
+_CACHE: dict[str, Example] = {
+    "cache": Of((11, 13, 22)), "table": Of((2, 17), I32), "requests": Of((7,), I32), "positions": Of((7,), I32),
+}  # fmt: skip
+_ANGLES: dict[str, Example] = {"cos": Of((7, 5), F32), "sin": Of((7, 5), F32)}
+_RATIO, _TOPK, _ITERS = 1009, 1013, 1019  # integers that occur nowhere else
+
+
+def _rms_norm_pair(qkv: Tensor, q_weight: Tensor, kv_weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The q and kv norms read the two parts of one merged projection."""
+    rank = q_weight.shape[0]
+    return atom.rms_norm(qkv[..., :rank], q_weight, eps), atom.rms_norm(qkv[..., rank:], kv_weight, eps)
+
+
+def _parts(emit: Emitter, known: dict[str, Any]) -> dict[str, Any]:
+    rank = known["q_weight"].meta["val"].shape[0]
+    q = emit.call(aten.slice.Tensor, known["qkv"], -1, 0, rank)
+    return {**known, "q": q, "kv": emit.call(aten.slice.Tensor, known["qkv"], -1, rank, END)}
+
+
+def _qk_norm_rope_insert(
+    q: Tensor, kv: Tensor, cos: Tensor, sin: Tensor, eps: float, cache: Tensor, table: Tensor, requests: Tensor,
+    positions: Tensor,
+) -> Tensor:  # fmt: skip
+    atom.cache_insert(cache, atom.rope(kv, cos, sin, False), table, requests, positions)
+    out: Tensor = atom.rope(atom.rms_norm(q, None, eps), cos.unsqueeze(-2), sin.unsqueeze(-2), False)
+    return out
+
+
+def _compressor(
+    kv: Tensor, gate: Tensor, ape: Tensor, state: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor,
+    cache: Tensor, table: Tensor, ends: Tensor, positions: Tensor, requests: Tensor, query_start: Tensor,
+    slots: Tensor, ratio: int, overlap: bool,
+) -> None:  # fmt: skip
+    pooled = atom.compressor_pool(kv, gate, ape, state, ends, positions, requests, query_start, slots, overlap)
+    row = atom.rope(atom.rms_norm(pooled.to(cache.dtype), weight, eps), cos, sin, False)
+    atom.compressed_insert(cache, row, table, ends, positions, requests, ratio)
+
+
+def _index_rope_topk(
+    q: Tensor, cos: Tensor, sin: Tensor, weights: Tensor, cache: Tensor, table: Tensor, requests: Tensor,
+    positions: Tensor, query_start: Tensor, ratio: int, topk: int,
+) -> Tensor:  # fmt: skip
+    q = atom.rope(q, cos.unsqueeze(-2), sin.unsqueeze(-2), False)
+    out: Tensor = atom.index_topk(q, weights, cache, table, requests, positions, query_start, ratio, topk)
+    return out
+
+
+def _attention_inverse_rope(
+    q: Tensor, window: Tensor, window_table: Tensor, cache: Tensor | None, block_table: Tensor, topk: Tensor | None,
+    sink: Tensor, requests: Tensor, positions: Tensor, scale: float, window_size: int, ratio: int, cos: Tensor,
+    sin: Tensor,
+) -> Tensor:  # fmt: skip
+    o = atom.sparse_attention(
+        q, window, window_table, cache, block_table, topk, sink, requests, positions, scale, window_size, ratio
+    )
+    out: Tensor = atom.rope(o, cos.unsqueeze(-2), sin.unsqueeze(-2), True)
+    return out
+
+
+def _hc_pre_norm(
+    h: Tensor, fn: Tensor, base: Tensor, scale: Tensor, weight: Tensor, norm_eps: float, hc_eps: float, iters: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    x, post, comb = atom.hc_pre(h, fn, base, scale, norm_eps, hc_eps, iters)
+    return atom.rms_norm(x, weight, norm_eps), post, comb
+
+
+def _hc_post_pre_norm(
+    h: Tensor, y: Tensor, post: Tensor, comb: Tensor, fn: Tensor, base: Tensor, scale: Tensor, weight: Tensor,
+    norm_eps: float, hc_eps: float, iters: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    h = atom.hc_post(h, y, post, comb)
+    x, post, comb = atom.hc_pre_norm(h, fn, base, scale, weight, norm_eps, hc_eps, iters)
+    return h, x, post, comb
+
+
+def _hc_head_norm(
+    h: Tensor, fn: Tensor, base: Tensor, scale: Tensor, weight: Tensor, norm_eps: float, hc_eps: float
+) -> Tensor:
+    out: Tensor = atom.rms_norm(atom.hc_head(h, fn, base, scale, norm_eps, hc_eps), weight, norm_eps)
+    return out
+
+
+RMS_NORM_PAIR = Fuse(
+    "rms_norm_pair",
+    (
+        Spelling(
+            _rms_norm_pair,
+            {"qkv": Of((7, 48)), "q_weight": Of((22,), F32), "kv_weight": Of((26,), F32), "eps": EPS},
+            adapt=_parts,
+        ),
+    ),
+)
+QK_NORM_ROPE_INSERT = Fuse(
+    "qk_norm_rope_insert",
+    (Spelling(_qk_norm_rope_insert, {"q": Of((7, 3, 22)), "kv": Of((7, 22)), **_ANGLES, "eps": EPS, **_CACHE}),),
+)
+_POOL: dict[str, Example] = {
+    "weight": Of((22,), F32), "eps": EPS, "cos": Of((2, 5), F32), "sin": Of((2, 5), F32), **_CACHE,
+    "ends": Of((2,), I32), "query_start": Of((3,), I32), "slots": Of((2,), I32), "ratio": _RATIO,
+}  # fmt: skip
+_CSA: dict[str, Example] = {
+    "kv": Of((7, 44), F32), "gate": Of((7, 44), F32), "ape": Of((4, 44), F32), "state": Of((3, 8, 2, 44), F32),
+}  # fmt: skip
+_HCA: dict[str, Example] = {
+    "kv": Of((7, 22), F32), "gate": Of((7, 22), F32), "ape": Of((4, 22), F32), "state": Of((3, 4, 2, 22), F32),
+}  # fmt: skip
+COMPRESSOR = Fuse(
+    "compressor_pool_norm_rope_insert",
+    (
+        Spelling(_compressor, {**_POOL, **_CSA}, fixed={"overlap": True}),
+        Spelling(_compressor, {**_POOL, **_HCA}, fixed={"overlap": False}),
+    ),
+)
+INDEX_ROPE_TOPK = Fuse(
+    "index_rope_topk",
+    (
+        Spelling(
+            _index_rope_topk,
+            {
+                "q": Of((7, 3, 22)),
+                **_ANGLES,
+                "weights": Of((7, 3), F32),
+                **_CACHE,
+                "query_start": Of((3,), I32),
+                "ratio": _RATIO,
+                "topk": _TOPK,
+            },  # fmt: skip
+        ),
+    ),
+)
+_ATTENTION: dict[str, Example] = {
+    "q": Of((7, 3, 22)), "window": Of((11, 13, 22)), "window_table": Of((2, 17), I32), "cache": Of((11, 13, 22)),
+    "block_table": Of((2, 19), I32), "topk": Of((7, 9), I32), "sink": Of((3,), F32), "requests": Of((7,), I32),
+    "positions": Of((7,), I32), "scale": SCALE, "window_size": _TOPK, "ratio": _RATIO, **_ANGLES,
+}  # fmt: skip
+ATTENTION_INVERSE_ROPE = Fuse(
+    "sparse_attention_inverse_rope",
+    tuple(
+        Spelling(_attention_inverse_rope, {**_ATTENTION, **dict.fromkeys(absent)})
+        for absent in ((), ("topk",), ("topk", "cache"))  # CSA, HCA, SWA
+    ),
+)
+
+
+HC_PRE_NORM = Fuse("hc_pre_norm", (Spelling(_hc_pre_norm, {**_HC, "weight": Of((22,), F32), "iters": _ITERS}),))
+HC_POST_PRE_NORM = Fuse(
+    "hc_post_pre_norm",
+    (Spelling(_hc_post_pre_norm, {**_HC, **_POST, "weight": Of((22,), F32), "iters": _ITERS}),),
+)
+HC_HEAD_NORM = Fuse("hc_head_norm", (Spelling(_hc_head_norm, {**_HEAD, "weight": Of((22,), F32)}),))

@@ -1,0 +1,189 @@
+"""What a pass is, and the one function that runs a pipeline of them.
+
+Contract:
+    A pass is a frozen dataclass; its fields are its options; `run` does one rewrite of the graph and reports it.
+    Only the runner lints, checks invariants, times, dumps and fingerprints. A pass that expects matches says how many
+    (`Context.expected`), and a miss is an error with the nearest candidate: never silence.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import inspect
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+from torch.fx import GraphModule
+
+from atomc.errors import AtomcError
+from atomc.passes.graph import readable
+from atomc.recipes import Recipe
+
+
+class PassError(AtomcError):
+    """A pass could not do what the pipeline promises; the message names the node and its source line."""
+
+
+@dataclass(frozen=True)
+class Match:
+    """One place a pass rewrote: the model source line and the module path."""
+
+    where: str
+    module: str
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """One place a pass looked at and left, with the reason."""
+
+    where: str
+    reason: str
+
+
+@dataclass
+class Report:
+    """What one pass did to one graph."""
+
+    matches: list[Match] = field(default_factory=list)
+    refusals: list[Refusal] = field(default_factory=list)
+
+
+@dataclass
+class Context:
+    """What passes may know beside the graph.
+
+    Attributes:
+        region: the name of the graph, for messages.
+        expected: pass name -> number of matches the model promises in this region; absent: any number.
+        weights: weight placeholder -> recipe; passes that change weights change recipes.
+        module_paths: weight placeholder -> parameter name in the model.
+    """
+
+    region: str
+    expected: dict[str, int] = field(default_factory=dict)
+    weights: dict[str, Recipe] = field(default_factory=dict)
+    module_paths: dict[str, str] = field(default_factory=dict)
+
+
+Invariant = Callable[[GraphModule], str | None]
+INVARIANTS: dict[str, Invariant] = {}
+
+
+def invariant(name: str) -> Callable[[Invariant], Invariant]:
+    """Register a check: returns None, or a sentence that says what does not hold."""
+
+    def decorate(check: Invariant) -> Invariant:
+        INVARIANTS[name] = check
+        return check
+
+    return decorate
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Base of all passes. `requires`, `ensures`, `breaks` name invariants of INVARIANTS."""
+
+    name: ClassVar[str]
+    requires: ClassVar[frozenset[str]] = frozenset()
+    ensures: ClassVar[frozenset[str]] = frozenset()
+    breaks: ClassVar[frozenset[str]] = frozenset()
+
+    def run(self, gm: GraphModule, ctx: Context) -> Report:
+        """Rewrite gm in place."""
+        raise NotImplementedError
+
+    @property
+    def label(self) -> str:
+        """The name in tables and dumps; passes with several instances override it."""
+        return self.name
+
+    def fingerprint(self) -> str:
+        """A hash of the pass's source and options."""
+        options = json.dumps({f.name: repr(getattr(self, f.name)) for f in dataclasses.fields(self)}, sort_keys=True)
+        return hashlib.sha256((inspect.getsource(type(self)) + options).encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table `atomc explain` prints."""
+
+    index: int
+    label: str
+    expected: int | None
+    report: Report
+    nodes_before: int
+    nodes_after: int
+    seconds: float
+    fingerprint: str
+
+
+def run_pipeline(
+    pipeline: tuple[Pass, ...],
+    gm: GraphModule,
+    ctx: Context,
+    dump: Path | None = None,
+    stop_after: str | None = None,
+) -> list[Row]:
+    """Run the passes in order, verifying the graph after each.
+
+    Args:
+        dump: folder for `NN_pass.py`, the graph after each pass (and `00_captured.py` before the first).
+        stop_after: label of the pass after which to stop.
+    Raises:
+        PassError: an invariant is missing or broken, or a pass found fewer or more matches than promised.
+    """
+    held: frozenset[str] = frozenset()
+    rows: list[Row] = []
+    _dump(dump, 0, "captured", gm)
+    for index, step in enumerate(pipeline, start=1):
+        _require(step, held, ctx)
+        before, start = len(gm.graph.nodes), time.perf_counter()
+        report = step.run(gm, ctx)
+        gm.graph.lint()
+        gm.recompile()
+        seconds = time.perf_counter() - start
+        _dump(dump, index, step.label, gm)
+        held = (held - step.breaks) | step.ensures
+        _verify(step, held, gm, ctx)
+        expected = ctx.expected.get(step.label)
+        if expected is not None and len(report.matches) != expected:
+            raise PassError(_miss(step, ctx, expected, report))
+        rows.append(Row(index, step.label, expected, report, before, len(gm.graph.nodes), seconds, step.fingerprint()))
+        if step.label == stop_after:
+            break
+    return rows
+
+
+def _require(step: Pass, held: frozenset[str], ctx: Context) -> None:
+    if missing := step.requires - held:
+        raise PassError(
+            f"{ctx.region}: pass {step.label!r} requires {sorted(missing)}, but earlier passes ensured {sorted(held)}. "
+            "Add a pass that ensures it, or reorder the pipeline."
+        )
+
+
+def _verify(step: Pass, held: frozenset[str], gm: GraphModule, ctx: Context) -> None:
+    for name in sorted(held):
+        if problem := INVARIANTS[name](gm):
+            raise PassError(f"{ctx.region}: after pass {step.label!r}, invariant {name!r} does not hold: {problem}")
+
+
+def _miss(step: Pass, ctx: Context, expected: int, report: Report) -> str:
+    lines = [
+        f"{ctx.region}: pass {step.label!r} found {len(report.matches)} matches; the model promises {expected}.",
+        *(f"  matched at {m.where} ({m.module})" for m in report.matches),
+        *(f"  refused at {r.where}: {r.reason}" for r in report.refusals),
+    ]
+    return "\n".join(lines)
+
+
+def _dump(folder: Path | None, index: int, label: str, gm: GraphModule) -> None:
+    if folder is None:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{index:02d}_{label}.py").write_text(readable(gm), encoding="utf-8")
