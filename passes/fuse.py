@@ -105,8 +105,9 @@ class Fuse(Pass):
 
 
 def _general_patterns(spelling: Spelling) -> list[Pattern]:
-    """One pattern per compute dtype whose graphs differ (in fp32 the casts vanish)."""
-    patterns = [general(spelling, dtype) for dtype in DTYPES]
+    """One pattern per compute dtype whose graphs differ, the one with casts first: in fp32 they vanish, and what is left
+    would also fit between the casts of a bf16 graph."""
+    patterns = sorted((general(spelling, dtype) for dtype in DTYPES), key=lambda p: -p.size)
     return patterns if patterns[0].size != patterns[1].size else patterns[:1]
 
 

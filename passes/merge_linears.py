@@ -73,7 +73,7 @@ def _merge(gm: GraphModule, ctx: Context, path: str, nodes: list[Node]) -> None:
         weight = gm.graph.placeholder("p_" + path.replace(".", "_").replace("|", "_or_"))
     with weights[0].meta["val"].fake_mode:
         weight.meta["val"] = torch.cat([w.meta["val"] for w in weights])
-    ctx.weights[weight.name] = Concat([ctx.weights.pop(w.name) for w in weights], dim=0)
+    ctx.weights[weight.name] = Concat(tuple(ctx.weights.pop(w.name) for w in weights), dim=0)
     ctx.module_paths[weight.name] = path + ".weight"
     emit = Emitter(gm, nodes[0], nodes[0])
     product = emit.call(aten.linear.default, nodes[0].args[0], weight)

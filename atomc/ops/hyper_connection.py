@@ -31,11 +31,23 @@ def coefficients(mix: torch.Tensor, base: torch.Tensor, scale: torch.Tensor, n: 
     return pre, post, sinkhorn(comb, hc_eps, iters)
 
 
+def _pre_fake(h: torch.Tensor, *_: object) -> Pre:
+    """Shapes of the three results; the reference itself would run 40 steps on fakes for them."""
+    n, lead = h.shape[-2], h.shape[:-2]
+    f32 = torch.float32
+    return h.new_empty((*lead, h.shape[-1])), h.new_empty((*lead, n), dtype=f32), h.new_empty((*lead, n, n), dtype=f32)
+
+
+def _post_pre_fake(h: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    return torch.empty_like(h), *_pre_fake(h)
+
+
 @define(
     "hc_pre(Tensor h, Tensor fn, Tensor base, Tensor scale, float norm_eps, float hc_eps, int iters)"
     " -> (Tensor, Tensor, Tensor)",
     tokens="h",
     spec="2.1, 6.1 K1-K2",
+    fake=_pre_fake,
 )
 def hc_pre(
     h: torch.Tensor,
@@ -91,6 +103,7 @@ def hc_head(
     " int iters) -> (Tensor, Tensor, Tensor)",
     tokens="h",
     spec="6.1 K2",
+    fake=_pre_fake,
 )
 def hc_pre_norm(
     h: torch.Tensor,
@@ -112,6 +125,7 @@ def hc_pre_norm(
     " Tensor weight, float norm_eps, float hc_eps, int iters) -> (Tensor, Tensor, Tensor, Tensor)",
     tokens="h",
     spec="6.1 K4",
+    fake=_post_pre_fake,
 )
 def hc_post_pre_norm(
     h: torch.Tensor,

@@ -1,0 +1,1 @@
+"""The artifact: typed structs of manifest and plan, and their reading, writing, hashing and checking."""

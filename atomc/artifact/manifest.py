@@ -1,0 +1,77 @@
+"""The manifest: what an artifact is, for whom it was compiled, and the hash of every file in it."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import msgspec
+
+from atomc.recipes import Recipe
+
+SCHEMA_VERSION: Final = 1
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    """The largest step the artifact is compiled for; tokens unless said otherwise.
+
+    Attributes:
+        max_context: longest sequence. max_batch_tokens: tokens of one step. max_requests: requests of one step.
+        max_logit_rows: rows of logits of one step.
+    """
+
+    max_context: int
+    max_batch_tokens: int
+    max_requests: int
+    max_logit_rows: int
+
+
+class Serving(msgspec.Struct, frozen=True, kw_only=True):
+    """What the runtime must know of the model to build batches and answer requests."""
+
+    model_name: str
+    vocab_size: int
+    bos_id: int
+    eos_ids: list[int]
+    window: int
+    window_page: int
+    block_tokens: int
+    csa_ratio: int
+    hca_ratio: int
+    max_context: int
+    max_batch_tokens: int
+    max_requests: int
+    max_logit_rows: int
+    window_table_width: int
+    block_table_width: int
+
+
+class FileEntry(msgspec.Struct, frozen=True):
+    """A file of the artifact."""
+
+    sha256: str
+    bytes: int
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """`manifest.json`.
+
+    Attributes:
+        config_sha256: of the model's canonical config.json.
+        tools: versions of what compiled it; a different version may give different bytes.
+        passes: region -> fingerprints of the passes that ran, in order.
+        recipes: region -> weight name in the region -> recipe with `{prefix}`.
+        files: path below the artifact -> hash and size of every other file.
+    """
+
+    schema: int
+    model: str
+    config_sha256: str
+    target: str
+    dtype: str
+    with_weights: bool
+    limits: Limits
+    serving: Serving
+    tools: dict[str, str]
+    passes: dict[str, list[str]]
+    recipes: dict[str, dict[str, Recipe]]
+    files: dict[str, FileEntry]

@@ -1,0 +1,123 @@
+"""The plan: what a step of the model does, as data. Regions of steps over numbered slots, and the calls that use them.
+
+Sizes are integer expressions of the artifact's symbols (`4*T`, `T//4 + B`), see `atomc.artifact.expr`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+import msgspec
+
+
+class Slot(msgspec.Struct, frozen=True, tag="slot"):
+    """An argument that is the value of a slot."""
+
+    id: int
+
+
+class Size(msgspec.Struct, frozen=True, tag="size"):
+    """An argument that is a size: an expression of symbols."""
+
+    expr: str
+
+
+class DType(msgspec.Struct, frozen=True, tag="dtype"):
+    """An argument that is a torch dtype, by name."""
+
+    name: str
+
+
+Scalar: TypeAlias = Slot | Size | DType | bool | int | float | str | None
+Arg: TypeAlias = Scalar | list[Scalar]
+Role: TypeAlias = Literal["weight", "state", "batch", "value", "temporary"]
+
+
+class SlotInfo(msgspec.Struct, frozen=True):
+    """A named value of a region.
+
+    Attributes:
+        shape: sizes, expressions where symbolic. dtype: torch dtype name.
+        base: the slot whose storage this one views; None if it has its own.
+        first, last: steps that define and last use its storage (views included); -1 before the first step, and the
+            number of steps for what outlives the region.
+        offset: bytes from the start of the region's arena at the largest sizes; None outside the arena.
+    """
+
+    name: str
+    role: Role
+    shape: list[int | str]
+    dtype: str
+    base: int | None
+    first: int
+    last: int
+    offset: int | None
+
+
+class Step(msgspec.Struct, frozen=True):
+    """One operation.
+
+    Attributes:
+        op: `namespace.name.overload` below torch.ops.
+        outputs: the slot of each result, None for a result nobody uses.
+        release: slots whose storage no later step uses.
+        source: `file:line` of the model, for messages and tables.
+    """
+
+    op: str
+    args: list[Arg]
+    kwargs: dict[str, Arg]
+    outputs: list[int | None]
+    release: list[int]
+    source: str
+
+
+class RegionInput(msgspec.Struct, frozen=True):
+    """What is bound to a slot before the region runs: a weight, a state tensor, a batch field, a value, by name."""
+
+    slot: int
+    role: Role
+    name: str
+
+
+class RegionPlan(msgspec.Struct, frozen=True):
+    """The steps of one region. `arena_bytes` is what its temporaries need at the largest sizes."""
+
+    name: str
+    inputs: list[RegionInput]
+    outputs: dict[str, int]
+    slots: list[SlotInfo]
+    steps: list[Step]
+    arena_bytes: int
+
+
+class CallPlan(msgspec.Struct, frozen=True):
+    """One use of a region: weights and state under `prefix`; `binds` renames the region's value inputs."""
+
+    region: str
+    prefix: str
+    binds: dict[str, str]
+
+
+class StateTensor(msgspec.Struct, frozen=True):
+    """A state tensor `prefix + name` of shape [size of `pool`, *shape]."""
+
+    name: str
+    pool: Literal["window_pages", "blocks", "slots"]
+    shape: list[int]
+    dtype: str
+
+
+class ProgramPlan(msgspec.Struct, frozen=True):
+    """The whole step: calls in order, symbols with their largest values, state by prefix, and the memory it takes.
+
+    Attributes:
+        values_bytes: what the values that pass between calls need at the largest sizes.
+        arena_bytes: the largest arena of any region.
+    """
+
+    calls: list[CallPlan]
+    symbols: dict[str, int]
+    states: dict[str, list[StateTensor]]
+    values_bytes: int
+    arena_bytes: int
