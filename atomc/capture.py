@@ -177,8 +177,9 @@ class _Tracer:
 
     def _state(self, ratio: int) -> AttentionState:
         specs = layer_state(self.config, ratio, self.paging, _name(self.dtype))
-        tensors = {s.name: _sized((s.pool, *s.shape), getattr(torch, s.dtype)) for s in specs}
-        return AttentionState(**{f: tensors.get(f) for f in AttentionState._fields})
+        tensors: dict[str, Any] = {s.name: _sized((s.pool, *s.shape), getattr(torch, s.dtype)) for s in specs}
+        fields: Any = {name: tensors.get(name) for name in AttentionState._fields}
+        return AttentionState(**fields)
 
     def _export(self, name: str, module: nn.Module, arguments: dict[str, Any], results: tuple[str, ...]) -> Region:
         """Export `module(**arguments)`; `results` are the name prefixes of the parts of its output."""

@@ -218,6 +218,7 @@ def _stack(recipe: Stack, load: Callable[[str], Tensor]) -> Tensor:
         if part.shape != slot.shape or part.dtype != out.dtype:
             raise _misfit(recipe, [tuple(slot.shape), tuple(part.shape)], f"part {index} differs from the first")
         slot.copy_(part)
+        del part  # before the next one is read
     if out is None:
         raise RecipeError("recipe step Stack has no parts")
     return out

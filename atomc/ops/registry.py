@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
 NAMESPACE = "atom"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
+P = ParamSpec("P")
+R = TypeVar("R")
 Reference = Callable[..., Any]
 
 
@@ -56,14 +58,16 @@ def no_output(*_: object, **__: object) -> None:
     """The fake of an operator that only mutates its arguments."""
 
 
-def define(schema: str, *, tokens: str, spec: str, fake: Reference | None = None) -> Callable[[Reference], Reference]:
+def define(
+    schema: str, *, tokens: str, spec: str, fake: Reference | None = None
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Declare the operator `atom::<schema>` whose semantics is the decorated function.
 
     `fake` gives output shapes and dtypes under fake tensors; without it the reference itself is run on fakes, which is
     right for every reference free of data-dependent shapes and of `.item()`.
     """
 
-    def decorate(reference: Reference) -> Reference:
+    def decorate(reference: Callable[P, R]) -> Callable[P, R]:
         name = schema.split("(", 1)[0]
         if name in OPS:
             raise ValueError(f"operator atom::{name} is already defined by {OPS[name].reference.__module__}")

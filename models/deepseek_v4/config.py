@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from atomc.errors import ConfigError
+from atomc.models.deepseek_v4.config_rules import cross_problems
 from atomc.models.deepseek_v4.config_schema import (
     CSA_RATIO,
     FIXED,
     QUANTIZATION,
     RopeScaling,
-    cross_problems,
     read_values,
 )
 from atomc.models.deepseek_v4.config_transformers import (

@@ -35,21 +35,30 @@ class StepAngles(NamedTuple):
         return Rope(self.yarn, self.csa_rows if ratio == 4 else self.hca_rows)
 
 
+class Embedding(nn.Module):
+    """weight [V, D]."""
+
+    def __init__(self, config: DeepseekV4Config, dtype: torch.dtype) -> None:
+        super().__init__()
+        table = torch.empty(config.vocab_size, config.hidden_size, dtype=dtype)
+        self.weight = nn.Parameter(table, requires_grad=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.weight)
+
+
 class Prologue(nn.Module):
     """Embedding into n streams, and the step's rotation angles."""
 
     def __init__(self, config: DeepseekV4Config, dtype: torch.dtype) -> None:
         super().__init__()
         self.n, self.csa_ratio, self.hca_ratio = config.hc_mult, config.csa_ratio, config.hca_ratio
-        self.embed = nn.Module()
-        self.embed.weight = nn.Parameter(
-            torch.empty(config.vocab_size, config.hidden_size, dtype=dtype), requires_grad=False
-        )
+        self.embed = Embedding(config, dtype)
         self.rope_plain = nn.Parameter(inverse_frequencies(config, compressed=False), requires_grad=False)
         self.rope_yarn = nn.Parameter(inverse_frequencies(config, compressed=True), requires_grad=False)
 
     def forward(self, batch: Batch) -> tuple[Residual, StepAngles]:
-        return enter(F.embedding(batch.ids, self.embed.weight), self.n), self.angles(batch)
+        return enter(self.embed(batch.ids), self.n), self.angles(batch)
 
     def angles(self, batch: Batch) -> StepAngles:
         def rows(ends_N: Tensor, ratio: int) -> Angles:

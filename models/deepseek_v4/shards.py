@@ -88,8 +88,10 @@ def _read_index(index: Path, shards: Shards) -> dict[str, str] | None:
 
 def _indexed_files(folder: Path, weight_map: Mapping[str, str], shards: Shards) -> list[Path]:
     files = []
-    for name in sorted(set(weight_map.values())):
-        held = [tensor for tensor, file in weight_map.items() if file == name]
+    placed: dict[str, list[str]] = {}
+    for tensor, name in weight_map.items():
+        placed.setdefault(name, []).append(tensor)
+    for name, held in sorted(placed.items()):
         if Path(name).name != name:
             shards.problems.append(f"{INDEX_NAME} names {name!r}, which is not a plain file name")
         elif not (folder / name).is_file():
