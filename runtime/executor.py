@@ -119,7 +119,7 @@ class Executor:
         self.serving = artifact.manifest.serving
         self.tokenizer_path = artifact.folder / "tokenizer.json"
         self.pools = pools
-        self.num_blocks, self.num_window_pages = pools.blocks, pools.window_pages
+        self.num_blocks, self.num_window_pages, self.num_slots = pools.blocks, pools.window_pages, pools.slots
         self.states = {
             prefix + tensor.name: _allocate(tensor, pools)
             for prefix, tensors in artifact.program.states.items()

@@ -1,0 +1,71 @@
+"""What the engine needs from the executor and the manifest: tests put a strict fake in their place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from atomc.ops.batch import Batch
+
+
+class Serving(Protocol):
+    """The serving facts of the manifest; sizes in tokens unless said otherwise.
+
+    `window` is W, the positions a query sees in the window cache, `window_page` the rows of one page of it;
+    `block_tokens` the original tokens of one block of compressed rows. A ratio of 0 means: no such layers.
+    """
+
+    @property
+    def model_name(self) -> str: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def bos_id(self) -> int | None: ...
+    @property
+    def eos_ids(self) -> list[int]: ...
+    @property
+    def window(self) -> int: ...
+    @property
+    def window_page(self) -> int: ...
+    @property
+    def block_tokens(self) -> int: ...
+    @property
+    def csa_ratio(self) -> int: ...
+    @property
+    def hca_ratio(self) -> int: ...
+    @property
+    def max_context(self) -> int: ...
+    @property
+    def max_batch_tokens(self) -> int: ...
+    @property
+    def max_requests(self) -> int: ...
+    @property
+    def max_logit_rows(self) -> int: ...
+    @property
+    def window_table_width(self) -> int: ...
+    @property
+    def block_table_width(self) -> int: ...
+
+
+class Executor(Protocol):
+    """Runs one step of the compiled model over caches of `num_blocks` blocks and `num_window_pages` pages.
+
+    Block 0 and page 0 are dummies that no request is ever given; each of the `num_slots` slots is.
+    """
+
+    @property
+    def serving(self) -> Serving: ...
+    @property
+    def tokenizer_path(self) -> Path: ...
+    @property
+    def num_blocks(self) -> int: ...
+    @property
+    def num_window_pages(self) -> int: ...
+    @property
+    def num_slots(self) -> int: ...
+
+    def step(self, batch: Batch) -> torch.Tensor:
+        """Writes the batch's rows into the caches; returns float32 logits [L, vocab_size] of `batch.logit_rows`."""
+        ...

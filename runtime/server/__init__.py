@@ -1,0 +1,1 @@
+"""The OpenAI-compatible HTTP server. Only these modules import FastAPI and uvicorn."""
