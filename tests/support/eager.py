@@ -1,99 +1,174 @@
-"""Runs the eager DeepSeek-V4 modules on sequences cut in any way, with a paging of its own (not the runtime's)."""
+"""Runs the eager DeepSeek-V4 modules on sequences cut in any way, with a paging of its own (not the runtime's).
+
+Everything the model must not depend on is hostile: caches start as NaN, page, block and slot numbers are shuffled, the
+window ring has the fewest columns the contract allows, and step metadata carries padding.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
 
 import torch
 
 from atomc.models.deepseek_v4.attention import AttentionState
 from atomc.models.deepseek_v4.config import DeepseekV4Config
 from atomc.models.deepseek_v4.model import DeepseekV4
-from atomc.models.deepseek_v4.state import Paging, layer_state
+from atomc.models.deepseek_v4.state import Paging, StateSpec, layer_state
 from atomc.ops import Batch
 
-Piece = tuple[int, int, torch.Tensor]  # request, first position, token ids
+Piece: TypeAlias = tuple[int, int, torch.Tensor]  # request, first position, token ids
+Step: TypeAlias = list[tuple[int, int]]  # (sequence, number of its next tokens) in batch order
+Choices: TypeAlias = dict[str, torch.Tensor]  # module path of an indexer or a gate -> what it chose, a row per token
+
+
+class Caches(NamedTuple):
+    """The state of all layers, and where each request (a row) lives in it."""
+
+    states: list[AttentionState]
+    window_table: torch.Tensor  # [B, NW]
+    block_table: torch.Tensor  # [B, MB]
+    slots: torch.Tensor  # [B]
+
+
+class Run(NamedTuple):
+    """What the model computed for one sequence: logits [n, V], and every discrete choice on the way."""
+
+    logits: torch.Tensor
+    choices: Choices
 
 
 def randomise(model: torch.nn.Module, seed: int) -> None:
     """Random, non-trivial values for every parameter: norms, sinks, biases and tables too."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
-        if name.startswith("prologue.rope"):
+        if "rope_" in name:
             continue
         if name.endswith("tid2eid"):
-            experts = model.config.n_routed_experts
+            experts = model.get_parameter(name.removesuffix("tid2eid") + "weight").shape[0]
             rows = [torch.randperm(experts, generator=generator)[: parameter.shape[1]] for _ in parameter]
             parameter.copy_(torch.stack(rows))
             continue
         value = torch.randn(parameter.shape, generator=generator)
-        if "norm" in name:
+        if "norm" in name or name.endswith("scale"):
             value = 1 + 0.2 * value
+        elif name.endswith("gate.bias"):
+            value = 0.3 * value  # about the spread of the scores it is added to
         elif parameter.dim() >= 2 and not name.endswith("ape"):
             value = value * parameter.shape[-1] ** -0.5
-        elif name.endswith("scale"):
-            value = 1 + 0.2 * value
         parameter.copy_(value)
 
 
-def new_states(
-    config: DeepseekV4Config, requests: int, context: int, dtype: torch.dtype = torch.float32
-) -> tuple[list[AttentionState], torch.Tensor, torch.Tensor]:
-    """Caches filled with NaN (nothing may depend on what was not written), the window table and the block table."""
-    paging = Paging.of(config)
-    pages = -(-context // paging.window_page) + 1
-    blocks = -(-context // paging.block_tokens) + 1
-    sizes = {"window_pages": requests * pages + 1, "blocks": requests * blocks + 1, "slots": requests}
+def new_caches(
+    config: DeepseekV4Config,
+    requests: int,
+    context: int,
+    *,
+    longest_step: int,
+    seed: int = 0,
+    paging: Paging | None = None,
+    dtype: torch.dtype = torch.float32,
+    ratios: Sequence[int] | None = None,
+) -> Caches:
+    """Caches full of NaN for requests of up to `context` tokens, at most `longest_step` of one request in a step.
+
+    `ratios` gives the compress ratio of each layer; default: the main layers of the configuration.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    paging = paging or Paging.of(config)
+    columns = -(-(config.sliding_window + longest_step) // paging.window_page) + 1
+    blocks = -(-context // paging.block_tokens)
+    sizes = {"window_pages": requests * columns + 3, "blocks": requests * blocks + 3, "slots": requests + 2}
+
+    def poisoned(spec: StateSpec) -> torch.Tensor:
+        return torch.full((sizes[spec.pool], *spec.shape), torch.nan, dtype=getattr(torch, spec.dtype))
+
+    def table(pages: int, columns: int) -> torch.Tensor:
+        numbers = 1 + torch.randperm(pages - 1, generator=generator)  # page 0 is the reserved dummy
+        return numbers[: requests * columns].view(requests, columns)
+
     states = []
-    for layer in range(config.num_hidden_layers):
-        specs = layer_state(config, config.compress_ratios[layer], paging, str(dtype).removeprefix("torch."))
-        tensors = {
-            s.name: torch.full((sizes[s.pool], *s.shape), torch.nan, dtype=getattr(torch, s.dtype)) for s in specs
-        }
-        states.append(AttentionState(**{f: tensors.get(f) for f in AttentionState._fields}))
-
-    def table(columns: int) -> torch.Tensor:
-        return 1 + torch.randperm(requests * columns).int().view(requests, columns)
-
-    return states, table(pages), table(blocks)
+    for ratio in config.compress_ratios[: config.num_hidden_layers] if ratios is None else ratios:
+        specs = layer_state(config, ratio, paging, str(dtype).removeprefix("torch."))
+        tensors = {spec.name: poisoned(spec) for spec in specs}
+        window = tensors.pop("window")
+        states.append(AttentionState(window, *(tensors.get(name) for name in AttentionState._fields[1:])))
+    slots = torch.randperm(sizes["slots"], generator=generator)[:requests]
+    return Caches(states, table(sizes["window_pages"], columns), table(sizes["blocks"], blocks), slots)
 
 
-def make_batch(
-    config: DeepseekV4Config, pieces: list[Piece], window_table: torch.Tensor, block_table: torch.Tensor
-) -> Batch:
+def make_batch(config: DeepseekV4Config, pieces: list[Piece], caches: Caches) -> Batch:
     """The metadata of one step over consecutive pieces of some requests; logits of every token are wanted."""
-    ids, positions, rows, starts = [], [], [], [0]
-    for row, (_, first, tokens) in enumerate(pieces):
-        ids.append(tokens)
-        positions.append(torch.arange(first, first + len(tokens)))
-        rows.append(torch.full((len(tokens),), row))
-        starts.append(starts[-1] + len(tokens))
-    position = torch.cat(positions)
+    positions = torch.cat([torch.arange(first, first + len(tokens)) for _, first, tokens in pieces])
+    lengths = torch.tensor([len(tokens) for _, _, tokens in pieces])
+    row = torch.tensor([request for request, _, _ in pieces])
 
     def ends(ratio: int) -> torch.Tensor:
-        found = ((position + 1) % ratio == 0).nonzero()[:, 0] if ratio else torch.empty(0)
-        return torch.cat((found, torch.tensor([-1])))
+        found = ((positions + 1) % ratio == 0).nonzero()[:, 0] if ratio else positions[:0]
+        return torch.nn.functional.pad(found, (0, 1 + len(found) % 3), value=-1)
 
-    requests = torch.tensor([r for r, _, _ in pieces])
-    fields = (
-        torch.cat(ids), position, torch.cat(rows), torch.tensor(starts), requests, window_table[requests],
-        block_table[requests], ends(config.csa_ratio), ends(config.hca_ratio), torch.arange(len(position)),
-    )  # fmt: skip
-    return Batch(*(f.int() for f in fields))
+    fields = Batch(
+        ids=torch.cat([tokens for _, _, tokens in pieces]),
+        positions=positions,
+        requests=torch.repeat_interleave(lengths),
+        query_start=torch.nn.functional.pad(lengths.cumsum(0), (1, 0)),
+        slots=caches.slots[row],
+        window_table=caches.window_table[row],
+        block_table=caches.block_table[row],
+        csa_ends=ends(config.csa_ratio),
+        hca_ends=ends(config.hca_ratio),
+        logit_rows=torch.arange(len(positions)),
+    )
+    return Batch(*(field.int() for field in fields))
 
 
-def run_chunks(
-    model: DeepseekV4, sequences: list[torch.Tensor], steps: list[list[tuple[int, int]]]
-) -> list[torch.Tensor]:
-    """Logits [len, V] of each sequence; each step takes (sequence, number of its next tokens) pairs."""
-    context = max(len(s) for s in sequences)
-    states, window_table, block_table = new_states(model.config, len(sequences), context)
+def run(
+    model: DeepseekV4, sequences: list[torch.Tensor], steps: list[Step], *, seed: int = 0, paging: Paging | None = None
+) -> list[Run]:
+    """Feed the sequences to the model step by step; of each, the logits and choices of the tokens fed."""
+    config = model.config
+    caches = new_caches(
+        config,
+        len(sequences),
+        max(len(s) for s in sequences),
+        longest_step=max(n for step in steps for _, n in step),
+        seed=seed,
+        paging=paging,
+        dtype=model.prologue.embed.weight.dtype,
+    )
     done = [0] * len(sequences)
-    logits: list[list[torch.Tensor]] = [[] for _ in sequences]
+    parts: list[list[dict[str, torch.Tensor]]] = [[] for _ in sequences]
     for step in steps:
         pieces = [(i, done[i], sequences[i][done[i] : done[i] + n]) for i, n in step]
-        out = model(make_batch(model.config, pieces, window_table, block_table), states)
-        at = 0
-        for i, n in step:
-            logits[i].append(out[at : at + n])
+        found = _forward(model, make_batch(config, pieces, caches), caches.states)
+        rows = dict(zip(found, (value.split([n for _, n in step]) for value in found.values()), strict=True))
+        for at, (i, n) in enumerate(step):
+            parts[i].append({name: value[at] for name, value in rows.items()})
             done[i] += n
-            at += n
-    return [torch.cat(parts) for parts in logits]
+    joined = [{name: torch.cat([part[name] for part in mine]) for name in mine[0]} for mine in parts]
+    return [Run(mine.pop("logits"), mine) for mine in joined]
+
+
+def _forward(model: DeepseekV4, batch: Batch, states: list[AttentionState]) -> dict[str, torch.Tensor]:
+    """`logits`, and by module path the rows each indexer chose [T, K] and the experts each gate chose [T, k]."""
+    found: dict[str, torch.Tensor] = {}
+
+    def keep(name: str, output: torch.Tensor | tuple[torch.Tensor, torch.Tensor]) -> None:
+        found[name] = output[1] if isinstance(output, tuple) else output
+
+    handles = [
+        module.register_forward_hook(lambda _, __, output, name=name: keep(name, output))
+        for name, module in model.named_modules()
+        if name.endswith((".indexer", ".gate"))
+    ]
+    try:
+        found["logits"] = model(batch, states)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def chunks(length: int, size: int) -> list[Step]:
+    """Steps that feed sequence 0 alone, `size` tokens at a time."""
+    return [[(0, min(size, length - at))] for at in range(0, length, size)]
