@@ -61,7 +61,7 @@ lint: venv  ## ruff, mypy --strict, the import contracts
 bench: venv  ## speed of the compiled nano model on this machine
 	@mkdir -p build
 	$(ATOMC) compile deepseek-v4-nano --target cpu -o build/nano.atom
-	$(ATOMC) bench build/nano.atom
+	$(BIN)/python benchmarks/generate.py build/nano.atom
 
 clean:  ## remove what was built (keeps the virtual environment)
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -16,11 +16,13 @@ import torch
 from safetensors.torch import save_file
 
 import atomc
+from atomc.artifact.check import check_program
 from atomc.artifact.manifest import SCHEMA_VERSION, Limits, Manifest, Serving
 from atomc.artifact.plan import CallPlan, ProgramPlan, RegionPlan, StateTensor
-from atomc.artifact.store import artifact_hash, encode, write_manifest, writing
+from atomc.artifact.store import artifact_hash, check_output, encode, write_manifest, writing
 from atomc.capture import Input, Program, Region, capture
-from atomc.codegen.lower import Lowering, Missing, missing_kernels, refuse
+from atomc.codegen.lower import Lowering
+from atomc.codegen.missing import missing_kernels, refuse
 from atomc.errors import AtomcError
 from atomc.models.deepseek_v4.config import DeepseekV4Config
 from atomc.models.deepseek_v4.promises import promised_matches
@@ -95,6 +97,8 @@ def compile_model(
         AtomcError: anything the user can mend; nothing is written then.
     """
     target = get_target(target_name)
+    if options.stop_after is None:
+        check_output(output)
     source = open_model(model, with_weights=options.with_weights)
     limits = check_limits(options, source.config)
     serving = serving_facts(source, limits)
@@ -103,10 +107,10 @@ def compile_model(
     explanation = explanation_of({c.region.name: c.rows for c in compiled})
     if options.stop_after is not None:
         return Result(None, None, source.name, target, explanation)
-    if missing := [m for c in compiled for m in missing_in(c, target)]:
+    regions = {c.region.name: lower(c, serving) for c in compiled}
+    if missing := [m for region in regions.values() for m in missing_kernels(region, target)]:
         raise refuse(missing, target)
-    regions = {c.region.name: lower(c, limits) for c in compiled}
-    plan = link(program, regions, limits)
+    plan = link(program, regions, serving)
     with writing(output) as folder:
         recipes = {c.region.name: named_recipes(c) for c in compiled}
         if options.with_weights:
@@ -116,7 +120,7 @@ def compile_model(
         copy_model_files(source, folder)
         (folder / "explain.json").write_bytes(encode(explanation))
         write_report(folder / "report.md", source.name, target, explanation, plan, regions)
-        write_manifest(
+        manifest = write_manifest(
             folder,
             lambda files: Manifest(
                 schema=SCHEMA_VERSION, model=source.name, config_sha256=config_hash(source.config), target=target.name,
@@ -124,6 +128,7 @@ def compile_model(
                 passes={c.region.name: [r.fingerprint for r in c.rows] for c in compiled}, recipes=recipes, files=files,
             ),
         )  # fmt: skip
+        check_program(str(output), manifest, plan, regions)
     size = sum(f.stat().st_size for f in output.rglob("*") if f.is_file())
     return Result(output, artifact_hash(output), source.name, target, explanation, plan, regions, size)
 
@@ -192,48 +197,39 @@ def fuse(source: ModelSource, program: Program, region: Region, options: Options
         module_paths=dict(weights),
     )
     dump = options.dump_ir / region.name if options.dump_ir is not None else None
-    pipeline = pipelines.fusion(source.config.hc_sinkhorn_iters)
+    pipeline = pipelines.fusion()
     if options.stop_after is not None and options.stop_after not in (labels := [p.label for p in pipeline]):
         raise CompileError(f"--stop-after {options.stop_after}: no such pass; choose one of {', '.join(labels)}.")
     return Compiled(region, ctx, run_pipeline(pipeline, region.gm, ctx, dump, options.stop_after))
 
 
-def missing_in(compiled: Compiled, target: Target) -> list[Missing]:
-    """Operators of the region without a kernel."""
-    return missing_kernels(compiled.region.name, compiled.region.gm, target)
-
-
-def lower(compiled: Compiled, limits: Limits) -> RegionPlan:
+def lower(compiled: Compiled, serving: Serving) -> RegionPlan:
     """The region's plan."""
     region, ctx = compiled.region, compiled.ctx
     bound = [i for i in region.inputs if i.role != "weight"]
     bound += [Input(placeholder, "weight", path) for placeholder, path in ctx.module_paths.items()]
     inputs = {i.placeholder: (i.role, i.name) for i in bound}
-    return Lowering(region.name, region.gm, inputs, region.outputs, region.symbols, bounds(limits)).run()
+    return Lowering(region.name, region.gm, inputs, region.outputs, region.symbols, serving.bounds()).run()
 
 
-def bounds(limits: Limits) -> dict[str, int]:
-    """The largest value of each symbol of a step; the pools are sized when the artifact is loaded."""
-    tokens, requests = limits.max_batch_tokens, limits.max_requests
-    # A request completes at most one window per `ratio` tokens, and one more for where it starts.
-    return {
-        "T": tokens, "B": requests, "N4": tokens // 4 + requests, "NH": tokens // 4 + requests,
-        "L": limits.max_logit_rows, "window_pages": 1, "blocks": 1, "slots": 1,
-    }  # fmt: skip
-
-
-def link(program: Program, regions: dict[str, RegionPlan], limits: Limits) -> ProgramPlan:
+def link(program: Program, regions: dict[str, RegionPlan], serving: Serving) -> ProgramPlan:
     """The program's plan: calls, state, and the memory of values and arenas at the largest step."""
     from atomc.codegen.memory import program_values_bytes
 
-    largest = bounds(limits)
-    calls = [CallPlan(c.region, c.prefix, c.binds) for c in program.calls]
+    largest = serving.bounds()
+    calls = [CallPlan(c.region, c.prefix, _used(c.binds, regions[c.region])) for c in program.calls]
     states = {
         prefix: [StateTensor(s.name, s.pool, list(s.shape), s.dtype) for s in specs]
         for prefix, specs in program.states.items()
     }
     arena = max(r.arena_bytes for r in regions.values())
     return ProgramPlan(calls, largest, states, program_values_bytes(calls, regions, largest), arena)
+
+
+def _used(binds: dict[str, str], region: RegionPlan) -> dict[str, str]:
+    """The binds of values that the region reads; passes may have left some without a reader."""
+    read = {i.name for i in region.inputs if i.role == "value"}
+    return {name: value for name, value in binds.items() if name in read}
 
 
 def named_recipes(compiled: Compiled) -> dict[str, Recipe]:

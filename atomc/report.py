@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
 
+from atomc.artifact import facts
+from atomc.artifact.facts import bytes_text
 from atomc.artifact.plan import ProgramPlan, RegionPlan
+from atomc.artifact.store import decode
 from atomc.passes.runner import Row
 from atomc.targets import Target
 
@@ -57,6 +59,37 @@ def _row(row: Row) -> PassRow:
     )
 
 
+def read_explanation(folder: Path) -> Explanation:
+    """The pass tables of an artifact. Raises `ArtifactError` when the file is no such thing."""
+    path = folder / "explain.json"
+    return decode(path.read_bytes(), Explanation, str(path))
+
+
+def nodes(explanation: Explanation) -> tuple[int, int]:
+    """Nodes of all regions' graphs, as captured and after the last pass."""
+    tables = [table for table in explanation.values() if table]
+    return sum(t[0].nodes_before for t in tables), sum(t[-1].nodes_after for t in tables)
+
+
+def matches(explanation: Explanation) -> dict[str, int]:
+    """Pass -> matches in all regions, in the order of the pipeline."""
+    found: dict[str, int] = {}
+    for table in explanation.values():
+        for row in table:
+            found[row.name] = found.get(row.name, 0) + len(row.matches)
+    return found
+
+
+def table_rows(explanation: Explanation) -> list[list[str]]:
+    """A row for each pass: its name, then for each region `found/promised`, or `found` where nothing is promised."""
+    cells = {(region, row.name): _cell(row) for region, table in explanation.items() for row in table}
+    return [[name, *(cells.get((region, name), "") for region in explanation)] for name in matches(explanation)]
+
+
+def _cell(row: PassRow) -> str:
+    return f"{len(row.matches)}/{row.promised}" if row.promised else str(len(row.matches))
+
+
 def write_report(
     path: Path,
     model: str,
@@ -65,50 +98,51 @@ def write_report(
     program: ProgramPlan,
     regions: dict[str, RegionPlan],
 ) -> None:
-    """`report.md`: regions and calls, passes, operators, memory."""
-    uses = Counter(call.region for call in program.calls)
-    lines = [f"# {model} for {target.name}", "", "## Regions", ""]
-    lines += _table(
-        ["region", "used", "steps", "arena at the largest step"],
-        [[n, f"{uses[n]}×", str(len(r.steps)), _bytes(r.arena_bytes)] for n, r in regions.items()],
-    )
-    lines += ["", f"Values between regions: {_bytes(program.values_bytes)} at the largest step.", ""]
-    lines += ["## Matches of each pass", ""]
-    names = list(dict.fromkeys(row.name for table in explanation.values() for row in table))
-    cells = {(region, row.name): row for region, table in explanation.items() for row in table}
-    lines += _table(
-        ["pass", *explanation],
-        [
-            [name, *(str(len(cells[r, name].matches)) if (r, name) in cells else "" for r in explanation)]
-            for name in names
-        ],
-    )
-    lines += ["", "## Operators of one step", ""]
-    count: Counter[str] = Counter()
-    for region, used in uses.items():
-        for step in regions[region].steps:
-            count[step.op] += used
-    lines += _table(
-        ["operator", "calls"], [[op, str(n)] for op, n in sorted(count.items(), key=lambda i: (-i[1], i[0]))]
-    )
-    lines += ["", "## State of each layer", ""]
-    lines += _table(
-        ["layer", "tensor", "shape", "dtype"],
-        [
-            [p, t.name, f"{t.pool} × {' × '.join(map(str, t.shape))}", t.dtype]
-            for p, ts in program.states.items()
-            for t in ts
-        ],
-    )
+    """`report.md`: regions and calls, passes and refusals, operators, memory."""
+    lines = [f"# {model} for {target.name}"]
+    lines += ["", "## Regions", "", *_regions(explanation, program, regions)]
+    lines += ["", "## Memory", "", *_memory(program, regions)]
+    lines += ["", "## Matches of each pass", "", "Found/promised, where the model promises some.", ""]
+    lines += _table(["pass", *explanation], table_rows(explanation))
+    if refusals := list(_refusals(explanation)):
+        lines += ["", "## Refused", "", *_table(["region", "pass", "source", "reason"], refusals)]
+    count = sorted(facts.operators(program, regions).items(), key=lambda i: (-i[1], i[0]))
+    lines += ["", "## Operators of one step", "", *_table(["operator", "calls"], [[op, str(n)] for op, n in count])]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+def _regions(explanation: Explanation, program: ProgramPlan, regions: dict[str, RegionPlan]) -> list[str]:
+    uses = facts.uses(program)
+    rows = [
+        [name, f"{uses[name]}×", *map(str, nodes({name: explanation[name]})), str(len(region.steps)),
+         bytes_text(region.arena_bytes)]
+        for name, region in regions.items()
+    ]  # fmt: skip
+    return _table(["region", "used", "nodes captured", "after the passes", "steps", "arena at the largest step"], rows)
+
+
+def _memory(program: ProgramPlan, regions: dict[str, RegionPlan]) -> list[str]:
+    weights, pools = facts.weights(program, regions), facts.pool_bytes(program.states)
+    rows = [
+        ["weights", bytes_text(weights.bytes), f"{weights.tensors:,} tensors, {weights.parameters:,} parameters"],
+        ["arena", bytes_text(program.arena_bytes), "temporaries of the largest region at the largest step"],
+        ["values", bytes_text(program.values_bytes), "between regions, at the largest step"],
+        *([f"state: one of the {pool}", bytes_text(size), "over all layers"] for pool, size in pools.items()),
+    ]
+    state = [
+        [prefix, t.name, f"{t.pool} × {' × '.join(map(str, t.shape))}", t.dtype]
+        for prefix, tensors in program.states.items()
+        for t in tensors
+    ]
+    return [*_table(["what", "bytes", ""], rows), "", *_table(["layer", "state tensor", "shape", "dtype"], state)]
+
+
+def _refusals(explanation: Explanation) -> Iterator[list[str]]:
+    for region, table in explanation.items():
+        for row in table:
+            for refusal in row.refusals:
+                yield [region, row.name, refusal.where, refusal.reason.replace("|", "\\|").replace("\n", " ")]
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
-
-
-def _bytes(count: int) -> str:
-    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count} B"

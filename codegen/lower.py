@@ -1,9 +1,10 @@
-"""Lowering: a region's graph becomes the steps of its plan, for one target.
+"""Lowering: a region's graph becomes the steps of its plan.
 
 Pseudo-code:
     for node in graph: placeholders become inputs; sizes become expressions; calls become steps; getitem names a result
-    a target that cannot run some operator is refused, naming every such operator with its model source line
-    slots get lifetimes; temporaries get offsets in the region's arena (codegen.memory)
+        each call also runs on meta tensors of example sizes: whose storage a result has is observed, not assumed
+    outputs that are not contiguous get a step that makes them so
+    slots get lifetimes, releases and offsets (codegen.liveness)
 """
 
 from __future__ import annotations
@@ -11,39 +12,28 @@ from __future__ import annotations
 import math
 import operator
 import re
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
 
-from atomc.artifact.plan import Arg, DType, RegionInput, RegionPlan, Role, Scalar, Size, Slot, SlotInfo, Step
-from atomc.codegen.memory import Buffer, place
+from atomc.artifact.expr import ExpressionError, evaluate, parse
+from atomc.artifact.plan import SYMBOLS, Arg, DType, RegionInput, RegionPlan, Role, Scalar, Size, Slot, Step
+from atomc.codegen.liveness import Value, finish
 from atomc.errors import AtomcError
-from atomc.passes.graph import base_of, location, op_name
-from atomc.targets import Target
+from atomc.passes.graph import location
+
+# Sizes of the trial run: distinct primes, so that no two dims agree by accident.
+EXAMPLE: Final = dict(zip(SYMBOLS, (11, 3, 5, 7, 2, 13, 17, 19), strict=True))
+PLACEMENT: Final = ("device", "layout", "pin_memory")  # of a factory call: the runtime's business
 
 
 class LoweringError(AtomcError):
     """A graph that has no plan; the message names the node and its source line."""
-
-
-class MissingKernelsError(AtomcError):
-    """Operators for which the target has no kernel."""
-
-    exit_code = 6
-
-
-@dataclass(frozen=True)
-class Missing:
-    """An operator without a kernel: how often it occurs in a region, and where first."""
-
-    op: str
-    region: str
-    count: int
-    source: str
 
 
 @dataclass
@@ -57,52 +47,123 @@ class Lowering:
     symbols: Mapping[str, str]
     bounds: Mapping[str, int]
     ids: dict[Node, int] = field(default_factory=dict)
+    values: list[Value] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
+    _trial: list[Tensor] = field(default_factory=list)  # by slot
+    _owners: dict[int, int] = field(default_factory=dict)  # storage -> slot
 
     def run(self) -> RegionPlan:
         """The region's plan."""
-        nodes = list(self.gm.graph.nodes)
-        result = next(n for n in nodes if n.op == "output")
-        for node in nodes:
-            if node.op == "placeholder" and node.users and isinstance(node.meta.get("val"), torch.Tensor):
-                self.ids[node] = len(self.ids)
-            elif node.op == "call_function" and not self._is_size(node):
-                self._step(node)
-            elif node.op not in ("placeholder", "output", "call_function"):
-                raise LoweringError(f"{self.region}: {node.op} {node.name} ({location(node)}) has no place in a plan.")
-        leaves = [a for a in torch.utils._pytree.tree_leaves(result.args) if isinstance(a, Node)]
-        for leaf in leaves:
-            self.ids.setdefault(leaf, len(self.ids))
-        return self._finish(dict(zip(self.outputs, (self.ids[n] for n in leaves), strict=True)))
+        bound: list[RegionInput] = []
+        for node in self.gm.graph.nodes:
+            if node.op == "placeholder":
+                if node.users and isinstance(node.meta.get("val"), Tensor):
+                    bound.append(self._input(node))
+            elif node.op == "call_function":
+                self._call(node)
+            elif node.op != "output":
+                raise self._error(node, f"{node.op} has no place in a plan")
+        result = next(n for n in self.gm.graph.nodes if n.op == "output")
+        leaves = pytree.tree_leaves(result.args)
+        if any(not isinstance(leaf, Node) or leaf not in self.ids for leaf in leaves):
+            raise self._error(result, "an output is not a tensor")
+        outputs = {name: self._output(leaf) for name, leaf in zip(self.outputs, leaves, strict=True)}
+        return finish(self.region, bound, outputs, self.values, self.steps)
 
-    def _is_size(self, node: Node) -> bool:
-        return isinstance(node.meta.get("val"), (torch.SymInt, int))
+    def _error(self, node: Node, what: str) -> LoweringError:
+        return LoweringError(f"{self.region}: {node.name} ({location(node)}): {what}.")
 
-    def _step(self, node: Node) -> None:
-        if node.target is operator.getitem:
-            return  # a result of the node before, which named it
+    def _input(self, node: Node) -> RegionInput:
+        role, name = self.inputs[node.name]
+        value = node.meta["val"]
+        shape = [evaluate(s, EXAMPLE) for s in self._shape(value, node)]
+        slot = self._slot(node.name, role, value, torch.empty(shape, dtype=value.dtype, device="meta"), node)
+        self.ids[node] = slot
+        return RegionInput(slot, role, name)
+
+    def _call(self, node: Node) -> None:
+        if isinstance(node.meta.get("val"), (torch.SymInt, int)) or node.target is operator.getitem:
+            return  # a size, or a result that the node before has named
         if not isinstance(node.target, torch._ops.OpOverload):
-            raise LoweringError(f"{self.region}: {node.target} ({location(node)}) is not a torch operator.")
+            raise self._error(node, f"{node.target} is not a torch operator")
         args = [self._argument(a, node) for a in node.args]
-        kwargs = {
-            k: self._argument(v, node) for k, v in node.kwargs.items() if k not in ("device", "layout", "pin_memory")
-        }
-        self.steps.append(Step(_qualified(node.target), args, kwargs, self._results(node), [], location(node)))
+        kwargs = {k: self._argument(v, node) for k, v in node.kwargs.items() if k not in PLACEMENT}
+        trial = self._try(node, args, kwargs)
+        self.steps.append(Step(_qualified(node.target), args, kwargs, self._results(node, trial), [], location(node)))
 
-    def _results(self, node: Node) -> list[int | None]:
+    def _try(self, node: Node, args: list[Arg], kwargs: dict[str, Arg]) -> Any:
+        """The call on meta tensors of the example sizes."""
+        target = node.target
+        assert isinstance(target, torch._ops.OpOverload)
+        given = {k: self._concrete(v) for k, v in kwargs.items()}
+        if any(a.name == "device" and a.kwarg_only for a in target._schema.arguments):
+            given["device"] = "meta"
+        try:
+            return target(*(self._concrete(a) for a in args), **given)
+        except (RuntimeError, NotImplementedError, ValueError, TypeError, IndexError) as error:
+            raise self._error(node, f"{target} does not run on {EXAMPLE}: {error}") from error
+
+    def _concrete(self, arg: Arg) -> Any:
+        match arg:
+            case Slot(id=slot):
+                return self._trial[slot]
+            case Size(expr=text):
+                return evaluate(text, EXAMPLE)
+            case DType(name=name):
+                return getattr(torch, name)
+            case list():
+                return [self._concrete(a) for a in arg]
+        return arg
+
+    def _results(self, node: Node, trial: Any) -> list[int | None]:
+        """A slot for each result, also for one that nobody reads: it takes memory while the step runs."""
         value = node.meta.get("val")
-        if isinstance(value, torch.Tensor):
-            self.ids[node] = len(self.ids)
+        if isinstance(trial, Tensor):
+            self.ids[node] = self._slot(node.name, "temporary", value, trial, node)
             return [self.ids[node]]
-        if value is None:
+        if trial is None:
             return []
-        results: list[int | None] = [None] * len(value)
+        readers: dict[int, list[Node]] = {}
+        if not isinstance(value, (tuple, list)):
+            raise self._error(node, f"the graph says {value!r}, but several results come")
         for user in node.users:
-            index = user.args[1]
-            assert user.target is operator.getitem and isinstance(index, int)
-            self.ids[user] = len(self.ids)
-            results[index] = self.ids[user]
+            if user.target is not operator.getitem or not isinstance(user.args[1], int):
+                raise self._error(user, "a tuple of results is read other than by getitem")
+            readers.setdefault(user.args[1], []).append(user)
+        results: list[int | None] = []
+        for index, (part, tensor) in enumerate(zip(value, trial, strict=True)):
+            named = readers.get(index, [])
+            name = named[0].name if named else f"{node.name}_{index}"
+            slot = self._slot(name, "temporary", part, tensor, node)
+            self.ids.update(dict.fromkeys(named, slot))
+            results.append(slot)
         return results
+
+    def _slot(self, name: str, role: Role, value: Any, trial: Tensor, node: Node) -> int:
+        """A new slot; `value` has the symbolic shape, `trial` is an instance of it."""
+        shape = self._shape(value, node)
+        expected = [evaluate(s, EXAMPLE) for s in shape]
+        if expected != list(trial.shape) or value.dtype != trial.dtype:
+            found = f"{list(trial.shape)} {trial.dtype}"
+            raise self._error(node, f"the graph says {shape} {value.dtype}, but on {EXAMPLE} it is {found}")
+        slot = len(self.values)
+        owner = self._owners.setdefault(trial.untyped_storage()._cdata, slot)
+        size = math.prod(evaluate(s, self.bounds) for s in shape) * trial.dtype.itemsize
+        self.values.append(Value(name, role, shape, str(trial.dtype).removeprefix("torch."), owner, size))
+        self._trial.append(trial)
+        return slot
+
+    def _output(self, node: Node) -> int:
+        """The slot of an output: contiguous, and no view of a weight, a state or a batch field."""
+        slot = self.ids[node]
+        trial, owner = self._trial[slot], self.values[self.values[slot].owner]
+        if owner.role not in ("value", "temporary"):
+            raise self._error(node, f"an output is a view of {owner.role} {owner.name}")
+        if trial.is_contiguous():
+            return slot
+        whole = self._slot(f"{node.name}_contiguous", "temporary", node.meta["val"], trial.contiguous(), node)
+        self.steps.append(Step("aten.contiguous.default", [Slot(slot)], {}, [whole], [], location(node)))
+        return whole
 
     def _argument(self, value: Any, node: Node) -> Arg:
         if isinstance(value, (list, tuple)):
@@ -111,140 +172,43 @@ class Lowering:
 
     def _scalar(self, value: Any, node: Node) -> Scalar:
         if isinstance(value, Node):
-            size = value.meta.get("val")
-            return Size(self._expression(size)) if isinstance(size, (torch.SymInt, int)) else Slot(self.ids[value])
+            known = value.meta.get("val")
+            return Slot(self.ids[value]) if isinstance(known, Tensor) else self._size(known, node)
         if isinstance(value, torch.SymInt):
-            return Size(self._expression(value))
+            return self._size(value, node)
         if isinstance(value, torch.dtype):
             return DType(str(value).removeprefix("torch."))
         if isinstance(value, float) and not math.isfinite(value):
-            raise LoweringError(f"{self.region}: {node.name} ({location(node)}) has the non-finite constant {value}.")
+            raise self._error(node, f"the non-finite constant {value} has no place in a plan")
         if value is None or isinstance(value, (bool, int, float, str)):
             return value
-        raise LoweringError(f"{self.region}: {node.name} ({location(node)}) has an argument {value!r} of no plan type.")
+        raise self._error(node, f"an argument {value!r} of no plan type")
 
-    def _expression(self, size: torch.SymInt | int) -> str:
+    def _size(self, size: Any, node: Node) -> Size | int:
+        if not isinstance(size, (int, torch.SymInt)):
+            raise self._error(node, f"an argument {size!r} is no size")
+        return Size(self._expression(size, node)) if isinstance(size, torch.SymInt) else size
+
+    def _shape(self, value: Tensor, node: Node) -> list[int | str]:
+        sizes: tuple[Any, ...] = value.shape  # torch calls them int; the symbolic ones are SymInt
+        return [self._expression(s, node) if isinstance(s, torch.SymInt) else s for s in sizes]
+
+    def _expression(self, size: torch.SymInt, node: Node) -> str:
         """A size in the plan's symbols."""
-        text = re.sub(r"\bs\d+\b", lambda m: self._symbol(m.group()), str(size))
+
+        def symbol(match: re.Match[str]) -> str:
+            if match.group() not in self.symbols:
+                raise self._error(node, f"the size {match.group()} in {size} belongs to no input")
+            return self.symbols[match.group()]
+
+        text = re.sub(r"\b[su]\d+\b", symbol, str(size))
+        try:
+            parse(text, set(self.bounds))
+        except ExpressionError as error:
+            raise self._error(node, str(error)) from error
         return text
-
-    def _symbol(self, name: str) -> str:
-        if name not in self.symbols:
-            raise LoweringError(f"{self.region}: the size {name} belongs to no input.")
-        return self.symbols[name]
-
-    def _sizes(self, shape: torch.Size) -> list[int | str]:
-        return [s if isinstance(s, int) else self._expression(s) for s in shape]
-
-    def _finish(self, outputs: dict[str, int]) -> RegionPlan:
-        """Lifetimes, views, arena offsets."""
-        nodes = {i: node for node, i in self.ids.items()}
-        bases = {i: self._base(node) for i, node in nodes.items()}
-        defined: dict[int, int] = {self.ids[n]: -1 for n in self.ids if n.op == "placeholder"}
-        last: dict[int, int] = {}
-        for at, step in enumerate(self.steps):
-            for slot in step.outputs:
-                if slot is not None:
-                    defined[slot] = at
-            for slot in _slots(step.args) + _slots(list(step.kwargs.values())):
-                last[bases[slot]] = at
-        kept = {bases[i] for i in outputs.values()}
-        roles = {i: self._role(nodes[i], bases[i] in kept) for i in nodes}
-        for i in nodes:
-            last[bases[i]] = max(last.get(bases[i], -1), defined[i])
-        for base in kept:
-            last[base] = len(self.steps)
-        buffers = [
-            Buffer(i, self._bytes(nodes[i]), defined[i], last[i])
-            for i in sorted(nodes)
-            if bases[i] == i and roles[i] == "temporary"
-        ]
-        offsets, arena = place(buffers)
-        slots = [
-            SlotInfo(
-                name=nodes[i].name,
-                role=roles[i],
-                shape=self._sizes(nodes[i].meta["val"].shape),
-                dtype=str(nodes[i].meta["val"].dtype).removeprefix("torch."),
-                base=None if bases[i] == i else bases[i],
-                first=defined[i],
-                last=last[bases[i]],
-                offset=offsets.get(i),
-            )  # fmt: skip
-            for i in sorted(nodes)
-        ]
-        inputs = [RegionInput(self.ids[n], *self.inputs[n.name]) for n in self.ids if n.op == "placeholder"]
-        steps = [self._releasing(at, step, bases, last, roles, nodes) for at, step in enumerate(self.steps)]
-        return RegionPlan(self.region, inputs, outputs, slots, steps, arena)
-
-    def _releasing(
-        self, at: int, step: Step, bases: dict[int, int], last: dict[int, int], roles: dict[int, Role],
-        nodes: dict[int, Node],
-    ) -> Step:  # fmt: skip
-        """The step with the slots that nobody reads after it."""
-        gone = [i for i in sorted(nodes) if roles[i] == "temporary" and last[bases[i]] == at]
-        return Step(step.op, step.args, step.kwargs, step.outputs, gone, step.source)
-
-    def _base(self, node: Node) -> int:
-        base = base_of(node)
-        return self.ids.get(base, self.ids[node])
-
-    def _role(self, node: Node, kept: bool) -> Role:
-        if node.op == "placeholder":
-            return self.inputs[node.name][0]
-        return "value" if kept else "temporary"
-
-    def _bytes(self, node: Node) -> int:
-        """Size at the largest symbol values."""
-        from atomc.artifact.expr import evaluate
-
-        value = node.meta["val"]
-        count = math.prod(evaluate(s, self.bounds) for s in self._sizes(value.shape))
-        return int(count * value.dtype.itemsize)
-
-
-def _slots(args: Sequence[Arg]) -> list[int]:
-    found: list[int] = []
-    for arg in args:
-        if isinstance(arg, Slot):
-            found.append(arg.id)
-        elif isinstance(arg, list):
-            found += _slots(arg)
-    return found
 
 
 def _qualified(target: torch._ops.OpOverload) -> str:
     namespace, name = target._schema.name.split("::")
     return f"{namespace}.{name}.{target._overloadname}"
-
-
-def missing_kernels(region: str, gm: GraphModule, target: Target) -> list[Missing]:
-    """Operators of the region that the target cannot run. The cpu target runs every reference."""
-    if target.name == "cpu":
-        return []
-    from atomc.codegen.kernels import has_kernel
-
-    calls = [n for n in gm.graph.nodes if isinstance(n.target, torch._ops.OpOverload)]
-    calls = [
-        n
-        for n in calls
-        if not has_kernel(n.target, target) and isinstance(n.meta.get("val"), (torch.Tensor, tuple, list, type(None)))
-    ]
-    first = {op_name(n.target): location(n) for n in reversed(calls)}
-    return [Missing(op, region, count, first[op]) for op, count in Counter(op_name(n.target) for n in calls).items()]
-
-
-def refuse(missing: list[Missing], target: Target) -> MissingKernelsError:
-    """The error that names every operator without a kernel."""
-    by_op: dict[str, list[Missing]] = {}
-    for item in missing:
-        by_op.setdefault(item.op, []).append(item)
-    lines = [
-        f"  {op:48} {sum(m.count for m in items):3} in {len(items)} regions, first at {items[0].source}"
-        for op, items in sorted(by_op.items())
-    ]
-    return MissingKernelsError(
-        f"target {target.name}: no kernel for {len(by_op)} operators, so nothing was written:\n"
-        + "\n".join(lines)
-        + "\nThe graphs were captured, fused and checked; `--target cpu` runs them with the references."
-    )

@@ -30,21 +30,21 @@ class Capacity:
     Attributes:
         pools: reserved page 0 and block 0 included. bytes: all state tensors.
         tokens: that all blocks hold together. context: longest request that fits, alone.
-        requests: that run together, if short; `full_requests` of them at the whole context.
+        full_requests: how many run together at that length.
     """
 
     pools: PoolSizes
     bytes: int
     tokens: int
     context: int
-    requests: int
     full_requests: int
 
     def __str__(self) -> str:
         pools = self.pools
+        share = "all" if self.full_requests == pools.slots else f"{self.full_requests} of them"
         return (
-            f"{bytes_text(self.bytes)} of state: {pools.slots} requests, {self.full_requests} of them at "
-            f"{self.context:,} tokens; {pools.blocks} blocks ({self.tokens:,} tokens), {pools.window_pages} window pages"
+            f"{bytes_text(self.bytes)} of state: {pools.slots} requests, {share} at {self.context:,} tokens; "
+            f"{pools.blocks} blocks ({self.tokens:,} tokens), {pools.window_pages} pages"
         )
 
 
@@ -83,9 +83,12 @@ def choose(
     context = min(serving.max_context, tokens)
     each = -(-context // serving.block_tokens)
     return Capacity(
-        PoolSizes(pages, blocks, slots), fixed + blocks * unit["blocks"], tokens, context, slots,
+        PoolSizes(pages, blocks, slots),
+        fixed + blocks * unit["blocks"],
+        tokens,
+        context,
         min(slots, (blocks - 1) // each),
-    )  # fmt: skip
+    )
 
 
 def _affordable(budget: int, block: int, wanted: int) -> int:

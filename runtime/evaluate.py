@@ -14,7 +14,7 @@ Terms:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -28,7 +28,7 @@ from atomc.runtime.protocols import Executor
 from atomc.runtime.request import Request, SamplingParams
 from atomc.runtime.scheduler import Chunk, Scheduler
 
-Progress = Callable[[int], None]  # tokens computed by a step
+Progress = Callable[[int, int], None]  # tokens computed, tokens to compute
 
 
 @dataclass
@@ -77,7 +77,7 @@ def evaluate(
     eos: bool = False,
     context: int | None = None,
     overlap: int | None = None,
-    progress: Progress = lambda _: None,
+    progress: Progress = lambda *_: None,
 ) -> Score:
     """Scores documents one after the other, several windows in each step.
 
@@ -98,9 +98,11 @@ def evaluate(
         raise ServingError(f"An overlap of {overlap} tokens is asked for; it must be 0 to {context - 1}.")
     score = evaluator.score
     evaluator.run(
-        window
-        for text in documents
-        for window in windows(_ids(executor, evaluator.vocabulary, text, bos, eos, score), context, overlap)
+        [
+            window
+            for text in documents
+            for window in windows(_ids(executor, evaluator.vocabulary, text, bos, eos, score), context, overlap)
+        ]
     )
     if not score.bytes or not score.tokens:
         raise ServingError("There is no text to score: the documents are empty.")
@@ -136,16 +138,16 @@ class _Evaluator:
         self.windows: dict[str, Window] = {}
 
     @torch.inference_mode()
-    def run(self, windows: Iterable[Window]) -> None:
+    def run(self, windows: Sequence[Window]) -> None:
         """Keeps as many windows in the queue as may run together, until none is left."""
-        source, count = iter(windows), 0
+        total, source = sum(len(window.tokens) for window in windows), enumerate(windows)
         while True:
-            for window in islice(source, self.scheduler.max_running - len(self.windows)):
-                count += 1
-                self._add(str(count), window)
+            for number, window in islice(source, self.scheduler.max_running - len(self.windows)):
+                self._add(str(number), window)
             if not self.windows:
                 return
             self._step()
+            self.progress(self.score.computed, total)
 
     def _add(self, name: str, window: Window) -> None:
         length = len(window.tokens)
@@ -166,9 +168,7 @@ class _Evaluator:
             if not chunk.request.pending:
                 self.scheduler.remove(chunk.request)
                 del self.windows[chunk.request.id]
-        computed = sum(chunk.length for chunk in chunks)
-        self.score.computed += computed
-        self.progress(computed)
+        self.score.computed += sum(chunk.length for chunk in chunks)
 
     def _scored(self, chunks: list[Chunk]) -> tuple[list[int], list[int]]:
         """Rows of the batch whose next token counts, and these next tokens."""

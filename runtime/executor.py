@@ -5,21 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-import atomc.ops  # noqa: F401  defines torch.ops.atom
-from atomc.artifact.expr import Evaluate, parse
-from atomc.artifact.plan import Arg, DType, RegionPlan, Size, Slot, StateTensor
-from atomc.artifact.plan import Step as PlanStep
+from atomc.artifact.plan import CallPlan, RegionPlan, StateTensor
+from atomc.artifact.store import ArtifactError
 from atomc.ops import Batch
-from atomc.runtime.errors import BatchError
+from atomc.runtime.bind import BoundStep, Environment, Sizes
+from atomc.runtime.errors import BatchError, ServingError
 from atomc.runtime.loader import LoadedArtifact, load
 
-Environment = list[Any]
-Sizes = dict[str, int]
+
+class Watch(Protocol):
+    """Sees every step of a run: after its results are there, before anything is released."""
+
+    def after(self, region: RegionPlan, at: int, env: Environment, sizes: Sizes) -> None:
+        """Step `at` of `region` has run."""
 
 
 @dataclass(frozen=True)
@@ -30,82 +33,60 @@ class PoolSizes:
     blocks: int
     slots: int
 
+    def __post_init__(self) -> None:
+        for pool in ("window_pages", "blocks", "slots"):
+            if self.of(pool) < 1:
+                raise ServingError(f"The caches have {self.of(pool)} {pool}; at least 1 is needed.")
+
     def of(self, pool: str) -> int:
         size: int = getattr(self, pool)
         return size
 
 
-class BoundStep:
-    """One step with its arguments resolved as far as they can be before it runs."""
+class BoundCall:
+    """One call of the program: its region's steps, and an environment with weights, state and constants in place."""
 
-    def __init__(self, step: PlanStep) -> None:
-        self.function = resolve(step.op)
-        self.args = [_constant(a) for a in step.args]
-        self.slots = [(i, a.id) for i, a in enumerate(step.args) if isinstance(a, Slot)]
-        # Lists and sizes are few; a function of (environment, sizes) each.
-        self.computed = [(i, _getter(a)) for i, a in enumerate(step.args) if isinstance(a, (Size, list))]
-        self.kwargs = {k: _getter(v) for k, v in step.kwargs.items()}
-        self.outputs, self.release = step.outputs, step.release
-
-    def __call__(self, env: Environment, sizes: Sizes) -> None:
-        args = self.args.copy()
-        for position, slot in self.slots:
-            args[position] = env[slot]
-        for position, getter in self.computed:
-            args[position] = getter(env, sizes)
-        kwargs = {k: getter(env, sizes) for k, getter in self.kwargs.items()} if self.kwargs else {}
-        result = self.function(*args, **kwargs)
-        outputs = self.outputs
-        if len(outputs) == 1 and not isinstance(result, (tuple, list)):
-            env[outputs[0]] = result  # type: ignore[index]
-        else:
-            for slot, value in zip(outputs, result or (), strict=True):
-                if slot is not None:
-                    env[slot] = value
-        for slot in self.release:
-            env[slot] = None
-
-
-class BoundRegion:
-    """A region's steps, bound once and shared by all its calls."""
-
-    def __init__(self, plan: RegionPlan) -> None:
+    def __init__(
+        self, call: CallPlan, plan: RegionPlan, weights: Mapping[str, Tensor], states: Mapping[str, Tensor]
+    ) -> None:
         self.plan = plan
-        self.steps = [BoundStep(step) for step in plan.steps]
+        self.fixed: Environment = [None] * len(plan.slots)
+        self.fields: list[tuple[int, str]] = []  # slot, field of the batch
+        self.values: list[tuple[int, str]] = []  # slot, value of the program
+        for item in plan.inputs:
+            match item.role:
+                case "weight":
+                    self.fixed[item.slot] = weights[call.prefix + item.name]
+                case "state":
+                    self.fixed[item.slot] = states[call.prefix + item.name]
+                case "batch":
+                    self.fields.append((item.slot, item.name))
+                case _:
+                    self.values.append((item.slot, call.binds.get(item.name, item.name)))
+        self.steps = [BoundStep(step, self.fixed) for step in plan.steps]
+        self.outputs = list(plan.outputs.items())
 
-    def fixed(self, prefix: str, weights: Mapping[str, Tensor], states: Mapping[str, Tensor]) -> Environment:
-        """An environment with the weights and states of one call in place."""
-        env: Environment = [None] * len(self.plan.slots)
-        for item in self.plan.inputs:
-            if item.role == "weight":
-                env[item.slot] = weights[prefix + item.name]
-            elif item.role == "state":
-                env[item.slot] = states[prefix + item.name]
-        return env
-
-
-def resolve(op: str) -> Callable[..., Any]:
-    """`aten.mul.Tensor` -> torch.ops.aten.mul.Tensor."""
-    namespace, name, overload = op.split(".")
-    function: Callable[..., Any] = getattr(getattr(getattr(torch.ops, namespace), name), overload)
-    return function
-
-
-def _constant(arg: Arg) -> Any:
-    return getattr(torch, arg.name) if isinstance(arg, DType) else arg
-
-
-def _getter(arg: Arg) -> Callable[[Environment, Sizes], Any]:
-    if isinstance(arg, Slot):
-        return lambda env, _: env[arg.id]
-    if isinstance(arg, Size):
-        size: Evaluate = parse(arg.expr)
-        return lambda _, sizes: size(sizes)
-    if isinstance(arg, list):
-        getters = [_getter(a) for a in arg]
-        return lambda env, sizes: [g(env, sizes) for g in getters]
-    value = _constant(arg)
-    return lambda _env, _sizes: value
+    def run(self, batch: Mapping[str, Tensor], values: dict[str, Tensor], sizes: Sizes, watch: Watch | None) -> None:
+        """Run the steps; reads and updates `values`."""
+        env = self.fixed.copy()
+        for slot, name in self.fields:
+            env[slot] = batch[name]
+        for slot, name in self.values:
+            env[slot] = values[name]
+        at = 0
+        try:
+            for at, step in enumerate(self.steps):
+                step.run(env, sizes)
+                if watch is not None:
+                    watch.after(self.plan, at, env, sizes)
+                for slot in step.release:
+                    env[slot] = None
+        except Exception as error:
+            failed = self.plan.steps[at]
+            error.add_note(f"in step {at} of region {self.plan.name}: {failed.op} ({failed.source})")
+            raise
+        for name, slot in self.outputs:
+            values[name] = env[slot]
 
 
 class Executor:
@@ -113,53 +94,83 @@ class Executor:
 
     Attributes:
         serving: what batches must look like. pools: sizes of the state pools.
+        states: the caches of all layers by `prefix + name`.
     """
 
     def __init__(self, artifact: LoadedArtifact, pools: PoolSizes) -> None:
-        self.serving = artifact.manifest.serving
+        self.folder, self.serving = artifact.folder, artifact.manifest.serving
         self.tokenizer_path = artifact.folder / "tokenizer.json"
         self.pools = pools
         self.num_blocks, self.num_window_pages, self.num_slots = pools.blocks, pools.window_pages, pools.slots
-        self.states = {
-            prefix + tensor.name: _allocate(tensor, pools)
-            for prefix, tensors in artifact.program.states.items()
-            for tensor in tensors
-        }
-        regions = {name: BoundRegion(plan) for name, plan in artifact.regions.items()}
+        self.bounds = artifact.program.symbols
+        self.states = allocate(artifact.program.states, pools)
         self.calls = [
-            (regions[c.region], regions[c.region].fixed(c.prefix, artifact.weights, self.states), c.binds)
-            for c in artifact.program.calls
+            BoundCall(c, artifact.regions[c.region], artifact.weights, self.states) for c in artifact.program.calls
         ]
+        self.rehearse()
 
     @classmethod
-    def load(cls, path: Path, *, num_blocks: int, num_window_pages: int, max_requests: int | None = None) -> Executor:
-        """Load, verify and bind an artifact; pools include the reserved page 0 and block 0.
+    def load(
+        cls,
+        path: Path,
+        *,
+        num_blocks: int,
+        num_window_pages: int,
+        max_requests: int | None = None,
+        progress: Callable[[str], None] = lambda _: None,
+    ) -> Executor:
+        """Load, verify, bind and rehearse an artifact; pools include the reserved page 0 and block 0.
 
         Raises:
-            ArtifactError: the artifact is damaged, has no weights, or is for another target.
+            ArtifactError: the artifact is damaged, has no weights, is for another target, or its plan fails.
+            ServingError: there is no memory for the caches, or a pool is empty.
         """
-        artifact = load(path)
-        slots = max_requests or artifact.manifest.serving.max_requests
+        artifact = load(path, progress)
+        slots = artifact.manifest.serving.max_requests if max_requests is None else max_requests
         return cls(artifact, PoolSizes(num_window_pages, num_blocks, slots))
 
     @torch.inference_mode()
-    def step(self, batch: Batch) -> Tensor:
-        """Run one step. Returns logits [L, V] float32 of the rows `batch.logit_rows`; updates the state."""
+    def step(self, batch: Batch, watch: Watch | None = None) -> Tensor:
+        """Run one step. Returns logits [L, V] float32 of the rows `batch.logit_rows`; updates the state.
+
+        Raises:
+            BatchError: the batch is larger than the artifact is compiled for, or its fields do not fit one another.
+        """
         sizes = self._sizes(batch)
         fields = batch._asdict()
         values: dict[str, Tensor] = {}
-        for region, fixed, binds in self.calls:
-            env = fixed.copy()
-            for item in region.plan.inputs:
-                if item.role == "batch":
-                    env[item.slot] = fields[item.name]
-                elif item.role == "value":
-                    env[item.slot] = values[binds.get(item.name, item.name)]
-            for step in region.steps:
-                step(env, sizes)
-            for name, slot in region.plan.outputs.items():
-                values[name] = env[slot]
+        for call in self.calls:
+            call.run(fields, values, sizes, watch)
         return values["logits"]
+
+    def rehearse(self) -> None:
+        """Run one token in the reserved page and block, and forget it: a first run, and a proof of the plan.
+
+        Raises:
+            ArtifactError: names the step that fails.
+        """
+
+        def ints(*values: int) -> Tensor:
+            return torch.tensor(values, dtype=torch.int32)
+
+        def table(width: int) -> Tensor:
+            return torch.zeros((1, width), dtype=torch.int32)
+
+        serving = self.serving
+        batch = Batch(
+            ids=ints(0), positions=ints(0), requests=ints(0), query_start=ints(0, 1), slots=ints(0),
+            window_table=table(serving.window_table_width), block_table=table(serving.block_table_width),
+            csa_ends=ints(-1), hca_ends=ints(-1), logit_rows=ints(0),
+        )  # fmt: skip
+        try:
+            self.step(batch)
+        except Exception as error:
+            where = "; ".join(getattr(error, "__notes__", []))
+            raise ArtifactError(
+                f"{self.folder}: the plan does not run: {error} ({where}). Compile it again."
+            ) from error
+        for state in self.states.values():
+            state[0].zero_()
 
     def _sizes(self, batch: Batch) -> Sizes:
         sizes = {
@@ -167,12 +178,40 @@ class Executor:
             "NH": batch.hca_ends.shape[0], "L": batch.logit_rows.shape[0], "window_pages": self.pools.window_pages,
             "blocks": self.pools.blocks, "slots": self.pools.slots,
         }  # fmt: skip
-        limits = self.serving
-        for symbol, limit in (("T", limits.max_batch_tokens), ("B", limits.max_requests), ("L", limits.max_logit_rows)):
-            if not 1 <= sizes[symbol] <= limit:
-                raise BatchError(f"a step has {symbol} = {sizes[symbol]}; the artifact is compiled for 1 to {limit}.")
+        for symbol in ("T", "B", "N4", "NH", "L"):
+            if not 1 <= sizes[symbol] <= self.bounds[symbol]:
+                raise BatchError(
+                    f"a step has {symbol} = {sizes[symbol]}; the artifact is compiled for 1 to {self.bounds[symbol]}."
+                )
+        tokens, requests = sizes["T"], sizes["B"]
+        expected = (
+            (tokens,), (tokens,), (tokens,), (requests + 1,), (requests,),
+            (requests, self.serving.window_table_width), (requests, self.serving.block_table_width),
+            (sizes["N4"],), (sizes["NH"],), (sizes["L"],),
+        )  # fmt: skip
+        for name, field, shape in zip(Batch._fields, batch, expected, strict=True):
+            if field.shape != shape or field.dtype is not torch.int32:
+                raise BatchError(
+                    f"batch.{name} is {list(field.shape)} {field.dtype}; {list(shape)} torch.int32 is needed."
+                )
         return sizes
 
 
-def _allocate(tensor: StateTensor, pools: PoolSizes) -> Tensor:
-    return torch.zeros((pools.of(tensor.pool), *tensor.shape), dtype=getattr(torch, tensor.dtype))
+def allocate(states: Mapping[str, list[StateTensor]], pools: PoolSizes) -> dict[str, Tensor]:
+    """Zeroed state tensors by `prefix + name`.
+
+    Raises:
+        ServingError: there is no memory for them.
+    """
+    tensors: dict[str, Tensor] = {}
+    try:
+        for prefix, specs in states.items():
+            for spec in specs:
+                shape = (pools.of(spec.pool), *spec.shape)
+                tensors[prefix + spec.name] = torch.zeros(shape, dtype=getattr(torch, spec.dtype))
+    except RuntimeError as error:
+        raise ServingError(
+            f"No memory for caches of {pools.blocks} blocks, {pools.window_pages} window pages and {pools.slots} "
+            "slots. Give fewer."
+        ) from error
+    return tensors

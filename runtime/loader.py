@@ -1,4 +1,4 @@
-"""The loader: reads an artifact, refuses a damaged or foreign one, maps its weights."""
+"""The loader: reads an artifact, refuses a damaged or foreign one, checks its plan, maps its weights."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from atomc.artifact.check import check_program
 from atomc.artifact.manifest import Manifest
 from atomc.artifact.plan import ProgramPlan, RegionPlan
 from atomc.artifact.store import ArtifactError, decode, read_manifest, verify
@@ -28,10 +29,11 @@ class LoadedArtifact:
 
 
 def load(folder: Path, progress: Callable[[str], None] = lambda _: None) -> LoadedArtifact:
-    """Verify every file's hash, then read the plan and map the weights.
+    """Verify every file's hash, read and check the plan, map the weights.
 
     Raises:
-        ArtifactError: damaged, of another schema, compiled without weights, or for a target this machine cannot run.
+        ArtifactError: damaged, of another schema, compiled without weights, for a target this machine cannot run, or
+            with a plan that cannot run.
     """
     manifest = read_manifest(folder)
     verify(folder, manifest, progress)
@@ -46,29 +48,37 @@ def load(folder: Path, progress: Callable[[str], None] = lambda _: None) -> Load
         )
     program, regions = read_plan(folder)
     weights = read_weights(folder, manifest)
-    for call in program.calls:
-        for item in regions[call.region].inputs:
-            if item.role == "weight" and call.prefix + item.name not in weights:
-                raise ArtifactError(
-                    f"{folder}: the plan needs weight {call.prefix + item.name!r}, which no file holds."
-                )
+    check_program(str(folder), manifest, program, regions, weights)
     return LoadedArtifact(folder, manifest, program, regions, weights)
 
 
 def read_plan(folder: Path) -> tuple[ProgramPlan, dict[str, RegionPlan]]:
-    """The program and its regions, from `plan/`."""
-    program = decode((folder / "plan" / "program.json").read_bytes(), ProgramPlan, "plan/program.json")
-    regions = {}
-    for name in sorted({call.region for call in program.calls}):
-        path = folder / "plan" / f"{name}.json"
-        if not path.is_file():
-            raise ArtifactError(f"{folder}: the program calls region {name!r}, but plan/{name}.json is missing.")
-        regions[name] = decode(path.read_bytes(), RegionPlan, f"plan/{name}.json")
-    return program, regions
+    """The program and its regions, from `plan/`.
+
+    Raises:
+        ArtifactError: a file is missing or is no plan.
+    """
+    program = decode(_read(folder, "program"), ProgramPlan, "plan/program.json")
+    names = sorted({call.region for call in program.calls})
+    if bad := [name for name in names if not name.isidentifier()]:
+        raise ArtifactError(f"{folder}: plan/program.json calls {bad[0]!r}, which is no name of a region.")
+    return program, {name: decode(_read(folder, name), RegionPlan, f"plan/{name}.json") for name in names}
+
+
+def _read(folder: Path, name: str) -> bytes:
+    path = folder / "plan" / f"{name}.json"
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read ({error.strerror}): {folder} is not a whole artifact.") from error
 
 
 def read_weights(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
-    """All weights, mapped from the safetensors files the manifest lists."""
+    """All weights, mapped from the safetensors files the manifest lists.
+
+    Raises:
+        ArtifactError: a file is not safetensors, or two hold a tensor of one name.
+    """
     weights: dict[str, Tensor] = {}
     for name in sorted(manifest.files):
         if not name.endswith(".safetensors"):
@@ -76,8 +86,10 @@ def read_weights(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
         try:
             with safe_open(folder / name, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118  a safe_open is no dict
+                    if key in weights:
+                        raise ArtifactError(f"{folder / name}: tensor {key!r} is in two files. Compile it again.")
                     weights[key] = file.get_tensor(key)
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, ValueError) as error:
             raise ArtifactError(
                 f"{folder / name} cannot be read: {error}. Compile or copy the artifact again."
             ) from error

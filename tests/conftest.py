@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import sys
 from pathlib import Path
 
@@ -13,7 +14,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
+from filelock import FileLock
 from hypothesis import HealthCheck, settings
+
+from tests.support.cli import Cli
 
 # Time limits are the suite's business (machines differ); in CI the same examples run every time.
 settings.register_profile("dev", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -48,3 +52,33 @@ def _seeds() -> None:
 def repo_root() -> Path:
     """The root of the checkout."""
     return Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def cli(capfd: pytest.CaptureFixture[str]) -> Cli:
+    """`cli("inspect", path)` runs a command in this process."""
+    return Cli(capfd)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small `checkpoint`, the artifact `tiny.atom` compiled from it, and `summary.json`.
+
+    Made once in a test session, by whichever process needs it first. Read-only: copy what a test changes.
+    """
+    from tests.support.artifact import LAYERS, compile_artifact, write_checkpoint
+
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "model"
+    with FileLock(shared.with_suffix(".lock")):
+        if not (shared / "summary.json").exists():
+            shutil.rmtree(shared, ignore_errors=True)
+            shared.mkdir()
+            compile_artifact(write_checkpoint(shared / "checkpoint", **LAYERS), shared / "tiny.atom")
+    return shared
+
+
+@pytest.fixture(scope="session")
+def artifact(model_folder: Path) -> Path:
+    """A compiled artifact of a small random model. Read-only."""
+    return model_folder / "tiny.atom"

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ast
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
+from typing import Final
 
 from atomc.errors import AtomcError
 
 Evaluate = Callable[[Mapping[str, int]], int]
+MAX_LENGTH: Final = 200  # characters; also bounds how deep an expression nests
 _BINARY: dict[type[ast.operator], Callable[[int, int], int]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -22,22 +24,24 @@ class ExpressionError(AtomcError):
     """A size expression that is not one."""
 
 
-def parse(text: str, symbols: frozenset[str] | None = None) -> Evaluate:
-    """A function from symbol values to the size.
+def parse(text: str, symbols: Set[str] | None = None) -> Evaluate:
+    """A function from symbol values to the size. It cannot fail: divisors are positive constants.
 
     Args:
         symbols: the known names; None accepts any name.
     Raises:
         ExpressionError: anything but integers, known symbols and + - * // %.
     """
+    if len(text) > MAX_LENGTH:
+        raise ExpressionError(f"{text[:40]!r}… is not a size expression: {len(text)} characters, at most {MAX_LENGTH}")
     try:
         tree = ast.parse(text, mode="eval").body
-    except (SyntaxError, ValueError, RecursionError) as error:
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise ExpressionError(f"{text!r} is not a size expression: {error}") from error
     return _build(tree, text, symbols)
 
 
-def _build(tree: ast.expr, text: str, symbols: frozenset[str] | None) -> Evaluate:
+def _build(tree: ast.expr, text: str, symbols: Set[str] | None) -> Evaluate:
     match tree:
         case ast.Constant(value=int() as value) if not isinstance(value, bool):
             return lambda _: value
@@ -47,12 +51,19 @@ def _build(tree: ast.expr, text: str, symbols: frozenset[str] | None) -> Evaluat
             inner = _build(operand, text, symbols)
             return lambda env: -inner(env)
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
+            if isinstance(op, (ast.FloorDiv, ast.Mod)):
+                _positive(right, text)
             apply = _BINARY[type(op)]
             a, b = _build(left, text, symbols), _build(right, text, symbols)
             return lambda env: apply(a(env), b(env))
         case ast.Name(id=name):
             raise ExpressionError(f"{text!r} uses the unknown symbol {name!r}; known: {sorted(symbols or ())}")
     raise ExpressionError(f"{text!r} is not a size expression: only integers, symbols and + - * // % are")
+
+
+def _positive(divisor: ast.expr, text: str) -> None:
+    if not (isinstance(divisor, ast.Constant) and type(divisor.value) is int and divisor.value > 0):
+        raise ExpressionError(f"{text!r} is not a size expression: // and % need a positive integer on the right")
 
 
 def evaluate(size: int | str, symbols: Mapping[str, int]) -> int:

@@ -11,7 +11,7 @@ from atomc.recipes import Recipe
 SCHEMA_VERSION: Final = 1
 
 
-class Limits(msgspec.Struct, frozen=True, kw_only=True):
+class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The largest step the artifact is compiled for; tokens unless said otherwise.
 
     Attributes:
@@ -25,7 +25,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     max_logit_rows: int
 
 
-class Serving(msgspec.Struct, frozen=True, kw_only=True):
+class Serving(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What the runtime must know of the model to build batches and answer requests."""
 
     model_name: str
@@ -44,15 +44,30 @@ class Serving(msgspec.Struct, frozen=True, kw_only=True):
     window_table_width: int
     block_table_width: int
 
+    def bounds(self) -> dict[str, int]:
+        """The largest value of each symbol of a step; the pools of state are sized when the artifact is loaded."""
 
-class FileEntry(msgspec.Struct, frozen=True):
+        def windows(ratio: int) -> int:
+            # b requests of t tokens complete at most (t + (ratio - 1)·b) // ratio windows: each may need but one token
+            # for its first. Where none is completed, or no layer has the ratio, one padding entry stands.
+            if ratio == 0:
+                return 1
+            return (self.max_batch_tokens + (ratio - 1) * self.max_requests) // ratio
+
+        return {
+            "T": self.max_batch_tokens, "B": self.max_requests, "N4": windows(self.csa_ratio),
+            "NH": windows(self.hca_ratio), "L": self.max_logit_rows, "window_pages": 1, "blocks": 1, "slots": 1,
+        }  # fmt: skip
+
+
+class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A file of the artifact."""
 
     sha256: str
     bytes: int
 
 
-class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`manifest.json`.
 
     Attributes:

@@ -5,24 +5,32 @@ Sizes are integer expressions of the artifact's symbols (`4*T`, `T//4 + B`), see
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+from typing import Final, Literal, TypeAlias
 
 import msgspec
 
+# T tokens, B requests, N4 / NH completed CSA / HCA windows, L wanted logits; sizes of the pools of state.
+SYMBOLS: Final = ("T", "B", "N4", "NH", "L", "window_pages", "blocks", "slots")
+DTYPE_BYTES: Final = {
+    "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e8m0fnu": 1,
+    "int64": 8, "int32": 4, "int8": 1, "uint8": 1, "bool": 1,
+}  # fmt: skip
+ALIGNMENT: Final = 256  # bytes, of offsets in an arena: the widest access and the allocation granularity of any target
 
-class Slot(msgspec.Struct, frozen=True, tag="slot"):
+
+class Slot(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="slot"):
     """An argument that is the value of a slot."""
 
     id: int
 
 
-class Size(msgspec.Struct, frozen=True, tag="size"):
+class Size(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="size"):
     """An argument that is a size: an expression of symbols."""
 
     expr: str
 
 
-class DType(msgspec.Struct, frozen=True, tag="dtype"):
+class DType(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="dtype"):
     """An argument that is a torch dtype, by name."""
 
     name: str
@@ -33,7 +41,7 @@ Arg: TypeAlias = Scalar | list[Scalar]
 Role: TypeAlias = Literal["weight", "state", "batch", "value", "temporary"]
 
 
-class SlotInfo(msgspec.Struct, frozen=True):
+class SlotInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A named value of a region.
 
     Attributes:
@@ -54,7 +62,7 @@ class SlotInfo(msgspec.Struct, frozen=True):
     offset: int | None
 
 
-class Step(msgspec.Struct, frozen=True):
+class Step(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One operation.
 
     Attributes:
@@ -72,7 +80,7 @@ class Step(msgspec.Struct, frozen=True):
     source: str
 
 
-class RegionInput(msgspec.Struct, frozen=True):
+class RegionInput(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What is bound to a slot before the region runs: a weight, a state tensor, a batch field, a value, by name."""
 
     slot: int
@@ -80,7 +88,7 @@ class RegionInput(msgspec.Struct, frozen=True):
     name: str
 
 
-class RegionPlan(msgspec.Struct, frozen=True):
+class RegionPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The steps of one region. `arena_bytes` is what its temporaries need at the largest sizes."""
 
     name: str
@@ -91,7 +99,7 @@ class RegionPlan(msgspec.Struct, frozen=True):
     arena_bytes: int
 
 
-class CallPlan(msgspec.Struct, frozen=True):
+class CallPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One use of a region: weights and state under `prefix`; `binds` renames the region's value inputs."""
 
     region: str
@@ -99,7 +107,7 @@ class CallPlan(msgspec.Struct, frozen=True):
     binds: dict[str, str]
 
 
-class StateTensor(msgspec.Struct, frozen=True):
+class StateTensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A state tensor `prefix + name` of shape [size of `pool`, *shape]."""
 
     name: str
@@ -108,7 +116,7 @@ class StateTensor(msgspec.Struct, frozen=True):
     dtype: str
 
 
-class ProgramPlan(msgspec.Struct, frozen=True):
+class ProgramPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The whole step: calls in order, symbols with their largest values, state by prefix, and the memory it takes.
 
     Attributes:

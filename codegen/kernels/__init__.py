@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import torch
-
 from atomc.targets import Target
 
-# operator name -> names of the targets it has a kernel for
+# operator of a plan's step (`atom.rope.default`) -> names of the targets it has a kernel for
 KERNELS: dict[str, frozenset[str]] = {}
 
 
-def has_kernel(op: torch._ops.OpOverload, target: Target) -> bool:
-    """Whether `target` has a kernel for the operator."""
-    return target.name in KERNELS.get(str(op), frozenset())
+def has_kernel(op: str, target: Target) -> bool:
+    """Whether `target` has a kernel for an operator, named as in a plan's step."""
+    return target.name in KERNELS.get(op, frozenset())

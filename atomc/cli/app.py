@@ -1,0 +1,58 @@
+"""The `atomc` program: its commands, and how it is entered. Modules of commands import what is heavy inside them."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from atomc import __version__
+from atomc.cli.compile import compile_command
+from atomc.cli.evaluate import eval_command
+from atomc.cli.explain import explain_command
+from atomc.cli.failure import run
+from atomc.cli.generate import generate_command
+from atomc.cli.inspect import inspect_command
+from atomc.cli.listing import passes_command, targets_command
+from atomc.cli.serve import serve_command
+
+app = typer.Typer(
+    name="atomc",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,  # rich's help takes twice as long to come
+    pretty_exceptions_enable=False,  # failure.run decides what an exception looks like
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for _name, _command in (
+    ("compile", compile_command),
+    ("generate", generate_command),
+    ("serve", serve_command),
+    ("inspect", inspect_command),
+    ("explain", explain_command),
+    ("eval", eval_command),
+    ("passes", passes_command),
+    ("targets", targets_command),
+):
+    app.command(_name)(_command)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"atomc {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Compile DeepSeek-V4 ahead of time, without the GPU, and serve it."""
+
+
+def main() -> None:
+    """The entry point of the `atomc` program."""
+    sys.exit(run(app, sys.argv[1:]))

@@ -1,0 +1,174 @@
+"""`atomc compile`: a model's name or folder to an artifact."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from atomc.compiler import Options, Result
+
+ModelArgument = Annotated[
+    str, typer.Argument(help="A checkpoint folder, or a bundled model (deepseek-v4-flash, -nano, -pro).")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Write one JSON document to stdout, errors too.")]
+
+
+def compile_command(
+    model: ModelArgument,
+    target: Annotated[str, typer.Option(help="What to compile for; `atomc targets` lists them.")] = "cpu",
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="The artifact's folder.", show_default="MODEL.atom")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Compute dtype: float32 or bfloat16.")] = "float32",
+    max_context: Annotated[
+        int | None, typer.Option(help="Longest sequence, in tokens.", show_default="the model's, at most 8192")
+    ] = None,
+    max_batch_tokens: Annotated[int, typer.Option(help="Most tokens of one step.")] = 512,
+    max_requests: Annotated[int, typer.Option(help="Most requests of one step.")] = 32,
+    max_logit_rows: Annotated[
+        int | None,
+        typer.Option(help="Most rows of logits of one step.", show_default="--max-batch-tokens, at most 512"),
+    ] = None,
+    no_weights: Annotated[bool, typer.Option("--no-weights", help="Compile and check without a checkpoint.")] = False,
+    dump_ir: Annotated[Path | None, typer.Option(help="Write each region's graph after every pass here.")] = None,
+    stop_after: Annotated[str | None, typer.Option(help="Stop after this pass; writes no artifact.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compile a model for a target into an artifact. Needs no GPU."""
+    from atomc.cli.paths import check_folder
+    from atomc.targets import get_target
+
+    get_target(target)
+    _check_positive(
+        ("--max-context", max_context), ("--max-batch-tokens", max_batch_tokens), ("--max-requests", max_requests),
+        ("--max-logit-rows", max_logit_rows),
+    )  # fmt: skip
+    path = output or Path(f"{Path(model).resolve().name.removesuffix('.json')}.atom")
+    if dump_ir is not None:
+        check_folder(dump_ir, "--dump-ir")
+    from atomc.artifact.store import check_output
+    from atomc.compiler import Options
+
+    if stop_after is None:
+        check_output(path)
+    else:
+        _check_pass(stop_after)
+
+    options = Options(
+        dtype=dtype, max_context=max_context or 0, max_batch_tokens=max_batch_tokens, max_requests=max_requests,
+        max_logit_rows=min(max_batch_tokens, 512) if max_logit_rows is None else max_logit_rows,
+        with_weights=not no_weights, dump_ir=dump_ir, stop_after=stop_after,
+    )  # fmt: skip
+    result, seconds = _compile(model, target, path, options)
+    summary = _summary(result, seconds)
+    if as_json:
+        from atomc.cli.console import emit_json
+
+        emit_json(summary)
+    else:
+        _show(result, summary, options)
+
+
+def _check_pass(name: str) -> None:
+    from atomc.cli.failure import OptionError
+    from atomc.passes import pipelines
+
+    if name not in (labels := [step.label for step in pipelines.fusion()]):
+        raise OptionError(f"--stop-after {name}: no such pass; choose one of {', '.join(labels)}.")
+
+
+def _check_positive(*limits: tuple[str, int | None]) -> None:
+    """Before the model is opened, which takes a while; the compiler knows the upper limits."""
+    from atomc.cli.failure import OptionError
+
+    for flag, value in limits:
+        if value is not None and value < 1:
+            raise OptionError(f"{flag} {value} is out of range: it must be 1 or more.")
+
+
+def _compile(model: str, target: str, output: Path, options: Options) -> tuple[Result, float]:
+    from atomc.cli.console import stages
+    from atomc.compiler import compile_model
+
+    start = time.perf_counter()
+    with stages() as progress:
+        result = compile_model(model, target, output, options, progress)
+    return result, time.perf_counter() - start
+
+
+def _summary(result: Result, seconds: float) -> dict[str, Any]:
+    """Everything `--json` writes and the panel shows."""
+    from atomc.artifact import facts
+    from atomc.artifact.store import read_manifest
+    from atomc.report import matches, nodes
+
+    before, after = nodes(result.explanation)
+    summary: dict[str, Any] = {
+        "model": result.model, "target": result.target.name, "output": result.output, "sha256": result.hash,
+        "seconds": round(seconds, 3), "peak_rss_bytes": _peak_rss(), "nodes_before": before, "nodes_after": after,
+        "matches": matches(result.explanation), "regions": dict.fromkeys(result.explanation, 0),
+    }  # fmt: skip
+    if result.program is None or result.output is None:
+        return summary
+    program, regions = result.program, result.regions
+    serving = read_manifest(result.output).serving
+    weights, state = facts.weights(program, regions), facts.state_bytes(program, serving)
+    return summary | {
+        "regions": dict(facts.uses(program)),
+        "steps": sum(facts.operators(program, regions).values()),
+        "parameters": weights.parameters,
+        "weights_bytes": weights.bytes,
+        "arena_bytes": program.arena_bytes,
+        "values_bytes": program.values_bytes,
+        "state_bytes_per_request": state.request,
+        "state_bytes_per_1024_tokens": state.per_1024_tokens,
+        "artifact_bytes": result.bytes,
+        "max_context": serving.max_context,
+        "max_batch_tokens": serving.max_batch_tokens,
+        "max_requests": serving.max_requests,
+    }
+
+
+def _peak_rss() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _show(result: Result, summary: dict[str, Any], options: Options) -> None:
+    from rich.panel import Panel
+
+    from atomc.artifact.facts import bytes_text
+    from atomc.cli.console import facts, stdout
+
+    used = summary["regions"]
+    rows = [
+        ("regions", f"{len(used)} captured, {sum(used.values())} calls" if result.program else str(len(used))),
+        ("graph", f"{summary['nodes_before']:,} nodes captured, {summary['nodes_after']:,} after the passes"),
+        ("matches", f"{sum(summary['matches'].values()):,} by {len(summary['matches'])} passes"),
+    ]
+    if result.program is not None:
+        sizes = {name: bytes_text(value) for name, value in summary.items() if "bytes" in name}
+        packed = "" if options.with_weights else ", not packed (--no-weights)"
+        rows += [
+            ("parameters", f"{summary['parameters']:,}"),
+            ("plan", f"{summary['steps']:,} operators in a step of the model"),
+            ("weights", f"{sizes['weights_bytes']} in {options.dtype}{packed}"),
+            ("a step's memory", f"arena {sizes['arena_bytes']}, values {sizes['values_bytes']}"),
+            ("a request's state",
+             f"{sizes['state_bytes_per_request']} + {sizes['state_bytes_per_1024_tokens']} per 1,024 tokens"),
+            ("artifact", f"{summary['output']}, {sizes['artifact_bytes']}"),
+            ("sha256", summary["sha256"]),
+        ]  # fmt: skip
+    elif options.stop_after:
+        rows.append(("stopped after", f"{options.stop_after}; no artifact is written"))
+    if options.dump_ir is not None:
+        rows.append(("graphs", str(options.dump_ir)))
+    rows.append(("took", f"{summary['seconds']:.1f} s, at most {bytes_text(summary['peak_rss_bytes'])} of memory"))
+    title = f"{result.model} for {result.target.name}"
+    stdout().print(Panel(facts("", rows), title=title, title_align="left", expand=False))

@@ -1,0 +1,160 @@
+"""`atomc inspect`: what is in an artifact, checked against its manifest."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from atomc.cli.compile import JsonOption
+
+if TYPE_CHECKING:
+    from atomc.artifact.manifest import Manifest
+    from atomc.artifact.plan import ProgramPlan, RegionPlan
+
+ArtifactArgument = Annotated[Path, typer.Argument(help="An artifact's folder, as `atomc compile` writes it.")]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A verified artifact; its weights are not read."""
+
+    folder: Path
+    sha256: str
+    manifest: Manifest
+    program: ProgramPlan
+    regions: dict[str, RegionPlan]
+
+
+def inspect_command(
+    artifact: ArtifactArgument,
+    plan: Annotated[str | None, typer.Option(metavar="REGION", help="Print the steps of this region.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Draw the memory plan into this HTML file.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check and show an artifact. Its facts, files, regions, operators and memory plan."""
+    if html is not None:
+        from atomc.cli.paths import check_file
+
+        check_file(html, "--html")
+    opened = open_artifact(artifact)
+    if html is not None:
+        from atomc.cli.picture import write_picture
+
+        write_picture(html, opened)
+    if as_json:
+        from atomc.cli.console import emit_json
+
+        emit_json(_summary(opened))
+    elif plan is not None:
+        _show_plan(opened, plan)
+    else:
+        _show(opened)
+        if html is not None:
+            typer.echo(f"\nThe memory plan is drawn in {html}.")
+
+
+def open_artifact(folder: Path) -> Opened:
+    """Read manifest and plan, check the hash of every file. Raises `ArtifactError`."""
+    from atomc.artifact.store import artifact_hash, read_manifest, verify
+    from atomc.cli.console import stages
+    from atomc.runtime.loader import read_plan
+
+    manifest = read_manifest(folder)
+    with stages() as progress:
+        done = iter(range(len(manifest.files)))
+        verify(folder, manifest, lambda name: progress(f"check {name}", next(done), len(manifest.files)))
+    program, regions = read_plan(folder)
+    in_order = {call.region: regions[call.region] for call in program.calls}
+    return Opened(folder, artifact_hash(folder), manifest, program, in_order)
+
+
+def _summary(opened: Opened) -> dict[str, Any]:
+    from atomc.artifact import facts
+
+    manifest, program, regions = opened.manifest, opened.program, opened.regions
+    uses, weights = facts.uses(program), facts.weights(program, regions)
+    state = facts.state_bytes(program, manifest.serving)
+    return {
+        "artifact": opened.folder, "sha256": opened.sha256, "verified": True, "model": manifest.model,
+        "target": manifest.target, "dtype": manifest.dtype, "with_weights": manifest.with_weights,
+        "schema": manifest.schema, "config_sha256": manifest.config_sha256, "tools": manifest.tools,
+        "limits": manifest.limits, "serving": manifest.serving, "files": manifest.files,
+        "regions": {
+            name: {"uses": uses[name], "steps": len(region.steps), "arena_bytes": region.arena_bytes}
+            for name, region in regions.items()
+        },
+        "operators": dict(facts.operators(program, regions).most_common()),
+        "memory": {
+            "parameters": weights.parameters, "weights_bytes": weights.bytes, "arena_bytes": program.arena_bytes,
+            "values_bytes": program.values_bytes, "state_bytes_per_request": state.request,
+            "state_bytes_per_1024_tokens": state.per_1024_tokens,
+        },
+    }  # fmt: skip
+
+
+def _show(opened: Opened) -> None:
+    from atomc.artifact.facts import bytes_text
+    from atomc.artifact.facts import operators as operators_of
+    from atomc.artifact.facts import uses as uses_of
+    from atomc.cli.console import facts, stdout, table
+
+    manifest, program = opened.manifest, opened.program
+    console = stdout()
+    console.print(facts(f"{manifest.model} for {manifest.target}", _facts(opened)))
+    groups: defaultdict[str, list[int]] = defaultdict(list)
+    for name, entry in manifest.files.items():
+        groups[f"{name.split('/')[0]}/" if "/" in name else name].append(entry.bytes)
+    rows = [[name, str(len(sizes)), bytes_text(sum(sizes))] for name, sizes in groups.items()]
+    console.print()
+    console.print(
+        table(f"{len(manifest.files)} files, every sha256 as in the manifest", ["", "files", "bytes"], rows, (1, 2))
+    )
+    uses = uses_of(program)
+    regions = [[n, str(uses[n]), str(len(r.steps)), bytes_text(r.arena_bytes)] for n, r in opened.regions.items()]
+    console.print()
+    console.print(table("regions", ["region", "uses", "steps", "arena at the largest step"], regions, right=(1, 2, 3)))
+    count = operators_of(program, opened.regions).most_common()
+    console.print()
+    rows = [[op.removesuffix(".default"), str(calls)] for op, calls in count]
+    console.print(table(f"{sum(n for _, n in count):,} operators of a step", ["operator", "calls"], rows, right=(1,)))
+
+
+def _facts(opened: Opened) -> list[tuple[str, str]]:
+    from atomc.artifact import facts
+    from atomc.artifact.facts import bytes_text
+
+    manifest, program = opened.manifest, opened.program
+    limits, serving = manifest.limits, manifest.serving
+    weights, state = facts.weights(program, opened.regions), facts.state_bytes(program, serving)
+    whole = limits.max_requests * state.at(limits.max_context)
+    ratios = "/".join(str(r) for r in (serving.csa_ratio, serving.hca_ratio) if r) or "none"
+    step = f"{limits.max_batch_tokens:,} tokens, {limits.max_requests:,} requests, {limits.max_logit_rows:,} logit rows"
+    pages = f"window {serving.window} in pages of {serving.window_page}, blocks of {serving.block_tokens} tokens"
+    packed = "" if manifest.with_weights else "; not in the artifact (--no-weights)"
+    count = f"{weights.parameters:,} parameters in {weights.tensors:,} tensors"
+    return [
+        ("artifact", f"{opened.folder}, schema {manifest.schema}"),
+        ("sha256", opened.sha256),
+        ("model config", f"sha256 {manifest.config_sha256}"),
+        ("compiled by", ", ".join(f"{tool} {version}" for tool, version in manifest.tools.items())),
+        ("limits", f"{limits.max_context:,} tokens of context; a step: {step}"),
+        ("caches", f"{pages}, compression {ratios}"),
+        ("weights", f"{count}, {bytes_text(weights.bytes)}, {manifest.dtype}{packed}"),
+        ("a step", f"arena {bytes_text(program.arena_bytes)}, values {bytes_text(program.values_bytes)}"),
+        ("a request's state", f"{bytes_text(state.request)} + {bytes_text(state.per_1024_tokens)} per 1,024 tokens"),
+        ("all state", f"{bytes_text(whole)} for {limits.max_requests} requests of {limits.max_context:,} tokens"),
+    ]
+
+
+def _show_plan(opened: Opened, name: str) -> None:
+    from atomc.cli.failure import OptionError
+    from atomc.cli.plan_text import plan_lines
+
+    if name not in opened.regions:
+        raise OptionError(f"--plan {name}: no such region; choose one of {', '.join(opened.regions)}.")
+    for line in plan_lines(opened.regions[name]):
+        typer.echo(line)

@@ -1,0 +1,85 @@
+"""`atomc passes` and `atomc targets`: what there is."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from atomc.cli.compile import JsonOption
+
+if TYPE_CHECKING:
+    from atomc.passes.runner import Pass
+    from atomc.targets import Target
+
+
+def targets_command(as_json: JsonOption = False) -> None:
+    """List the targets and what atomc knows of each."""
+    from dataclasses import asdict
+
+    from atomc.cli.console import emit_json, stdout, table
+    from atomc.targets import TARGETS
+
+    if as_json:
+        emit_json([asdict(target) for target in TARGETS.values()])
+        return
+    head = ["target", "product", "arch", "bf16", "fp8", "fp4", "mx", "units", "memory", "bandwidth", "shared"]
+    rows = [_target_row(target) for target in TARGETS.values()]
+    stdout().print(table("", head, rows, right=(3, 4, 5, 7, 8, 9, 10)))
+    stdout().print("Dense peaks in TFLOP/s; memory in 10^9 bytes; cpu figures are nominal.", style="dim")
+
+
+def _target_row(target: Target) -> list[str]:
+    peaks = target.peaks
+    rates = ["–" if rate is None else f"{rate / 1e12:,.0f}" for rate in (peaks.bf16, peaks.fp8, peaks.fp4)]
+    if peaks.bf16 < 1e13:
+        rates[0] = f"{peaks.bf16 / 1e12:.2f}"
+    memory, rate = f"{target.memory_bytes / 1e9:,.0f} GB", f"{target.memory_rate / 1e12:.2f} TB/s"
+    shared = f"{target.shared_bytes // 1024} KiB" if target.shared_bytes else "–"
+    return [
+        target.name,
+        target.product,
+        target.arch,
+        *rates,
+        target.mx,
+        str(target.compute_units),
+        memory,
+        rate,
+        shared,
+    ]
+
+
+def passes_command(as_json: JsonOption = False) -> None:
+    """List the passes of a compile. In order, each with its contract."""
+    from atomc.cli.console import emit_json, stdout, table
+    from atomc.passes import pipelines
+
+    pipeline = pipelines.fusion()
+    rows = [(str(number), step.label, contract(step)) for number, step in enumerate(pipeline, start=1)]
+    if as_json:
+        emit_json(
+            [
+                {
+                    "pass": step.label, "contract": contract(step), "fingerprint": step.fingerprint(),
+                    "requires": sorted(step.requires), "ensures": sorted(step.ensures), "breaks": sorted(step.breaks),
+                }
+                for step in pipeline
+            ]
+        )  # fmt: skip
+        return
+    stdout().print(table("", ["", "pass", "contract"], rows, right=(0,)))
+    stdout().print("`atomc explain` shows what each did to a model; --stop-after takes these names.", style="dim")
+
+
+def contract(step: Pass) -> str:
+    """One line: what a pass does. A fusion says which operator it makes, and what that operator computes."""
+    import inspect
+
+    from atomc.ops import OPS
+    from atomc.passes.fuse import Fuse
+
+    if isinstance(step, Fuse):
+        what = (OPS[step.op].reference.__doc__ or OPS[step.op].schema).strip().partition("\n\n")[0]
+        return f"atom.{step.op}: " + " ".join(what.split())
+    text = type(step).__doc__ or ""
+    if "module's contract" in text or text.startswith("`"):  # the module says it, in its first paragraph
+        text = (inspect.getmodule(type(step)) or step).__doc__ or ""
+    return " ".join(text.strip().partition("\n\n")[0].split()).removeprefix(f"{type(step).__name__}: ")

@@ -1,0 +1,109 @@
+"""Binding: a step of the plan with everything resolved that can be before it runs.
+
+Constants stand in the environment behind the slots, so that the arguments of a step are one gather of the environment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from operator import itemgetter
+from typing import Any
+
+import torch
+
+import atomc.ops  # noqa: F401  defines torch.ops.atom
+from atomc.artifact.expr import parse
+from atomc.artifact.plan import Arg, DType, Size, Slot, Step
+from atomc.ops.registry import NAMESPACE, OPS
+
+Environment = list[Any]  # values by slot, then constants
+Sizes = dict[str, int]
+Getter = Callable[[Environment, Sizes], Any]
+
+
+class BoundStep:
+    """One step. `run` leaves releasing to its caller, who may look at the environment before.
+
+    `fixed` is the environment it will run in copies of; constants are appended to it.
+    """
+
+    def __init__(self, step: Step, fixed: Environment) -> None:
+        self.function = resolve(step.op)
+        self.computed: list[tuple[int, Getter]] = []  # place in the environment, how to fill it
+        self.gather = _gatherer([self._place(a, fixed) for a in step.args])
+        self.constants = {k: _constant(v) for k, v in step.kwargs.items() if _is_constant(v)}
+        self.kwargs = {k: _getter(v) for k, v in step.kwargs.items() if not _is_constant(v)}
+        self.outputs = step.outputs
+        self.output = step.outputs[0] if len(step.outputs) == 1 else None
+        self.release = step.release
+
+    def _place(self, arg: Arg, fixed: Environment) -> int:
+        """Where in the environment an argument stands."""
+        if isinstance(arg, Slot):
+            return arg.id
+        if _is_constant(arg):
+            fixed.append(_constant(arg))
+        else:
+            self.computed.append((len(fixed), _getter(arg)))
+            fixed.append(None)
+        return len(fixed) - 1
+
+    def run(self, env: Environment, sizes: Sizes) -> None:
+        """Compute the results into `env`."""
+        for place, getter in self.computed:
+            env[place] = getter(env, sizes)
+        if self.kwargs:
+            kwargs = self.constants | {k: getter(env, sizes) for k, getter in self.kwargs.items()}
+            result = self.function(*self.gather(env), **kwargs)
+        else:
+            result = self.function(*self.gather(env), **self.constants)
+        if self.output is not None and isinstance(result, torch.Tensor):
+            env[self.output] = result
+            return
+        for slot, value in zip(self.outputs, result or (), strict=True):
+            if slot is not None:
+                env[slot] = value
+
+
+def resolve(op: str) -> Callable[..., Any]:
+    """What runs for an operator of the plan: an `atom` operator's function itself (no dispatch), else torch's own."""
+    namespace, name, overload = op.split(".")
+    if namespace == NAMESPACE:
+        return OPS[name].cpu
+    function: Callable[..., Any] = getattr(getattr(getattr(torch.ops, namespace), name), overload)
+    return getattr(function, "_op", function)
+
+
+def _gatherer(places: list[int]) -> Callable[[Environment], tuple[Any, ...]]:
+    if len(places) >= 2:
+        return itemgetter(*places)
+    if places:
+        place = places[0]
+        return lambda env: (env[place],)
+    return lambda env: ()
+
+
+def _is_constant(arg: Arg) -> bool:
+    if isinstance(arg, list):
+        return all(_is_constant(a) for a in arg)
+    return not isinstance(arg, (Slot, Size))
+
+
+def _constant(arg: Arg) -> Any:
+    if isinstance(arg, list):
+        return [_constant(a) for a in arg]
+    return getattr(torch, arg.name) if isinstance(arg, DType) else arg
+
+
+def _getter(arg: Arg) -> Getter:
+    if isinstance(arg, Slot):
+        place = arg.id
+        return lambda env, _: env[place]
+    if isinstance(arg, Size):
+        size = parse(arg.expr)
+        return lambda _, sizes: size(sizes)
+    if isinstance(arg, list):
+        getters = [_getter(a) for a in arg]
+        return lambda env, sizes: [g(env, sizes) for g in getters]
+    value = _constant(arg)
+    return lambda _env, _sizes: value

@@ -1,0 +1,270 @@
+"""The executor: logits of the eager model however a sequence is cut, memory as planned, batches checked."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from atomc.artifact.buffers import aligned, slot_bytes
+from atomc.artifact.store import ArtifactError
+from atomc.models.deepseek_v4.config import load_config
+from atomc.models.deepseek_v4.model import DeepseekV4
+from atomc.models.deepseek_v4.reader import CheckpointReader
+from atomc.models.deepseek_v4.weights import load_parameters
+from atomc.ops import Batch
+from atomc.runtime.errors import BatchError, ServingError
+from atomc.runtime.executor import Executor, PoolSizes
+from atomc.runtime.loader import load
+from atomc.runtime.watch import MemoryWatch, PlanMismatchError, predicted_bytes
+from tests.support.eager import Step, run
+from tests.support.sealed import copy_of, edit
+
+POOLS = {"num_blocks": 12, "num_window_pages": 40}
+
+
+@pytest.fixture(scope="module")
+def executor(artifact: Path) -> Executor:
+    return Executor.load(artifact, **POOLS)
+
+
+@pytest.fixture(scope="module")
+def eager(model_folder: Path) -> DeepseekV4:
+    config = load_config(model_folder / "checkpoint")
+    model = DeepseekV4(config)
+    load_parameters(model, config, CheckpointReader(model_folder / "checkpoint"), "float32")
+    return model
+
+
+class Paged:
+    """Feeds sequences to an executor; each request has its own shuffled pages, blocks and slot for good."""
+
+    def __init__(self, executor: Executor, requests: int) -> None:
+        serving = self.serving = executor.serving
+        self.executor = executor
+        pages = 1 + torch.randperm(executor.num_window_pages - 1)
+        blocks = 1 + torch.randperm(executor.num_blocks - 1)
+        width, depth = serving.window_table_width, serving.block_table_width
+        self.window_table = pages[: requests * width].view(requests, width)
+        self.block_table = blocks[: requests * depth].view(requests, depth)
+        self.slots = torch.randperm(executor.num_slots)[:requests]
+        for state in executor.states.values():  # what nobody wrote must not matter
+            state.fill_(torch.nan)
+
+    def batch(self, pieces: list[tuple[int, int, Tensor]]) -> Batch:
+        positions = torch.cat([torch.arange(first, first + len(ids)) for _, first, ids in pieces])
+        lengths = torch.tensor([len(ids) for _, _, ids in pieces])
+        rows = torch.tensor([row for row, _, _ in pieces])
+
+        def ends(ratio: int) -> Tensor:
+            found = ((positions + 1) % ratio == 0).nonzero()[:, 0]
+            return found if len(found) else torch.tensor([-1])
+
+        fields = (
+            torch.cat([ids for _, _, ids in pieces]), positions, torch.repeat_interleave(lengths),
+            torch.nn.functional.pad(lengths.cumsum(0), (1, 0)), self.slots[rows], self.window_table[rows],
+            self.block_table[rows], ends(self.serving.csa_ratio), ends(self.serving.hca_ratio),
+            torch.arange(len(positions))[-self.serving.max_logit_rows :],
+        )  # fmt: skip
+        return Batch(*(f.int() for f in fields))
+
+    def feed(self, sequences: list[Tensor], steps: list[Step], watch: MemoryWatch | None = None) -> list[Tensor]:
+        done = [0] * len(sequences)
+        parts: list[list[Tensor]] = [[] for _ in sequences]
+        for step in steps:
+            pieces = [(i, done[i], sequences[i][done[i] : done[i] + n]) for i, n in step]
+            logits = self.executor.step(self.batch(pieces), watch)
+            for (i, n), part in zip(step, logits.split([n for _, n in step]), strict=True):
+                parts[i].append(part)
+                done[i] += n
+        return [torch.cat(part) for part in parts]
+
+
+def cuts(length: int, sizes: list[int]) -> Iterator[int]:
+    """`sizes` again and again until `length` is used up."""
+    while length > 0:
+        for size in sizes:
+            if length > 0:
+                yield min(size, length)
+                length -= size
+
+
+@pytest.mark.parametrize("sizes", [[40], [1], [17, 1, 1, 9, 2]], ids=["chunks", "tokens", "mixed"])
+def test_logits_are_the_eager_models_however_a_sequence_is_cut(
+    executor: Executor, eager: DeepseekV4, sizes: list[int]
+) -> None:
+    ids = torch.randint(0, 320, (200 if sizes != [1] else 90,))
+    expected = run(eager, [ids], [[(0, len(ids))]])[0].logits
+    found = Paged(executor, 1).feed([ids], [[(0, n)] for n in cuts(len(ids), sizes)])[0]
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+
+
+def test_requests_of_one_step_do_not_see_one_another(executor: Executor, eager: DeepseekV4) -> None:
+    sequences = [torch.randint(0, 320, (n,)) for n in (70, 33, 64)]
+    steps: list[Step] = [[(0, 20), (1, 15)], [(1, 1), (0, 1), (2, 30)], [(0, 30), (2, 8)]]
+    steps += [[(0, 1), (2, 1), (1, 1)]] * 17
+    found = Paged(executor, 3).feed(sequences, steps)
+    for ids, logits in zip(sequences, found, strict=True):
+        expected = run(eager, [ids], [[(0, len(ids))]])[0].logits[: len(logits)]
+        torch.testing.assert_close(logits, expected, atol=2e-5, rtol=1e-4)
+
+
+def test_the_logits_wanted_are_those_given(executor: Executor) -> None:
+    paged = Paged(executor, 1)
+    batch = paged.batch([(0, 0, torch.arange(20))])
+    whole = executor.step(batch).clone()
+    some = executor.step(batch._replace(logit_rows=torch.tensor([3, 17, 3], dtype=torch.int32)))
+    torch.testing.assert_close(some, whole[[3, 17, 3]], atol=1e-5, rtol=1e-5)
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+
+def test_live_bytes_are_what_the_plan_predicts(executor: Executor) -> None:
+    """After each step of each region: shapes, dtypes, storages, and the bytes of live temporaries, exactly."""
+    watch = MemoryWatch()
+    Paged(executor, 2).feed([torch.arange(60), torch.arange(50)], [[(0, 30), (1, 18)], [(0, 2), (1, 2)]], watch)
+    assert watch.steps == 2 * sum(len(call.plan.steps) for call in executor.calls)
+    assert set(watch.peaks) == {call.plan.name for call in executor.calls}
+
+
+def test_the_largest_step_fills_the_arena_within_its_alignment(executor: Executor) -> None:
+    serving = executor.serving
+    ids = [torch.arange(n) for n in (9, 13, 13, 13)]
+    assert (len(ids), sum(map(len, ids))) == (serving.max_requests, serving.max_batch_tokens)
+    paged = Paged(executor, 4)
+    batch = paged.batch([(i, 3, t) for i, t in enumerate(ids)])
+    watch = MemoryWatch()
+    executor.step(batch, watch)
+    sizes = executor.bounds | {"N4": len(batch.csa_ends), "NH": len(batch.hca_ends)}
+    for plan in {call.plan.name: call.plan for call in executor.calls}.values():
+        assert watch.peaks[plan.name] == max(predicted_bytes(plan, at, sizes) for at in range(len(plan.steps)))
+        assert watch.peaks[plan.name] <= plan.arena_bytes
+
+
+def test_arenas_are_close_to_the_least_possible(executor: Executor) -> None:
+    for plan in {call.plan.name: call.plan for call in executor.calls}.values():
+        live = [
+            sum(aligned(slot_bytes(s, executor.bounds)) for s in plan.slots if s.offset is not None and s.first <= at <= s.last)
+            for at in range(len(plan.steps))
+        ]  # fmt: skip
+        assert max(live) <= plan.arena_bytes <= 1.1 * max(live)
+
+
+def test_everything_is_released_at_its_last_use(executor: Executor) -> None:
+    """At the end of a region its temporaries are gone; only inputs, outputs and constants are left."""
+    ends: dict[str, set[str]] = {}
+
+    class Last:
+        def after(self, region: object, at: int, env: list[object], sizes: object) -> None:
+            plan = region
+            assert hasattr(plan, "slots") and hasattr(plan, "steps")
+            if at == len(plan.steps) - 1:
+                gone = set(plan.steps[at].release)
+                left = {s.name for i, s in enumerate(plan.slots) if env[i] is not None and i not in gone}
+                ends[plan.name] = left & {s.name for s in plan.slots if s.role == "temporary"}
+
+    executor.step(Paged(executor, 1).batch([(0, 0, torch.arange(8))]), Last())
+    assert set(ends.values()) == {frozenset()} or all(not left for left in ends.values())
+
+
+def test_a_watch_sees_a_plan_that_is_wrong(artifact: Path, tmp_path: Path) -> None:
+    loaded = load(artifact)
+    executor = Executor(loaded, PoolSizes(40, 12, 4))
+    batch = Paged(executor, 1).batch([(0, 0, torch.arange(8))])
+    region = executor.calls[1].plan
+    at = next(i for i, s in enumerate(region.slots) if s.role == "temporary" and s.base is None)
+    object.__setattr__(region.slots[at], "dtype", "bfloat16")
+    with pytest.raises(PlanMismatchError, match="the plan says .* torch.bfloat16"):
+        executor.step(batch, MemoryWatch())
+
+
+# -- batches and pools -------------------------------------------------------------------------------------------------
+
+
+def test_batches_that_the_artifact_is_not_compiled_for(executor: Executor) -> None:
+    paged = Paged(executor, 4)
+    good = paged.batch([(0, 0, torch.arange(8))])
+    long = torch.arange(49)
+    wrong = [
+        (paged.batch([(0, 0, long)]), "T = 49"),
+        (good._replace(logit_rows=torch.zeros(41, dtype=torch.int32)), "L = 41"),
+        (good._replace(logit_rows=good.logit_rows[:0]), "L = 0"),
+        (good._replace(csa_ends=torch.full((50,), -1, dtype=torch.int32)), "N4 = 50"),
+        (good._replace(hca_ends=good.hca_ends[:0]), "NH = 0"),
+        (good._replace(ids=good.ids.long()), "batch.ids is [8] torch.int64"),
+        (good._replace(positions=good.positions[1:]), "batch.positions is [7]"),
+        (good._replace(window_table=good.window_table[:, 1:]), "batch.window_table"),
+        (good._replace(query_start=good.query_start[1:]), "batch.query_start"),
+    ]
+    for batch, message in wrong:
+        with pytest.raises(BatchError) as raised:
+            executor.step(batch)
+        assert message in raised.value.message
+
+
+def test_an_error_inside_a_step_says_where(executor: Executor) -> None:
+    batch = Paged(executor, 1).batch([(0, 0, torch.arange(8))])
+    with pytest.raises(IndexError) as raised:
+        executor.step(batch._replace(ids=batch.ids + 10_000))
+    assert raised.value.__notes__ == ["in step 0 of region prologue: aten.embedding.default (deepseek_v4/model.py:" +
+                                      raised.value.__notes__[0].rpartition(":")[2]]  # fmt: skip
+
+
+def test_the_largest_batches_fit_the_bounds(executor: Executor) -> None:
+    """The most windows complete when every request but one needs a single token for its first."""
+    serving = executor.serving
+    tokens, requests = serving.max_batch_tokens, serving.max_requests
+    for ratio, symbol in ((serving.csa_ratio, "N4"), (serving.hca_ratio, "NH")):
+        first = ratio - 1
+        lengths = [1] * (requests - 1) + [tokens - requests + 1]
+        windows = sum((first + n) // ratio for n in lengths)
+        assert windows == executor.bounds[symbol]
+
+
+@pytest.mark.parametrize("pool", ["num_blocks", "num_window_pages", "max_requests"])
+def test_empty_pools_are_refused(artifact: Path, pool: str) -> None:
+    with pytest.raises(ServingError, match="at least 1 is needed"):
+        Executor.load(artifact, **{**POOLS, pool: 0})
+
+
+def test_pools_that_no_machine_holds(artifact: Path) -> None:
+    with pytest.raises(ServingError, match="No memory for caches"):
+        Executor.load(artifact, num_blocks=1 << 50, num_window_pages=4)
+
+
+def test_the_rehearsal_leaves_no_trace(artifact: Path) -> None:
+    executor = Executor.load(artifact, **POOLS)
+    assert all(not state.any() for state in executor.states.values())
+
+
+def test_an_artifact_without_weights_does_not_run(artifact: Path, tmp_path: Path) -> None:
+    folder = copy_of(artifact, tmp_path)
+    edit(folder, "manifest.json", lambda manifest: manifest.update(with_weights=False))
+    with pytest.raises(ArtifactError, match="--no-weights and can only be inspected"):
+        Executor.load(folder, **POOLS)
+
+
+def test_weights_are_mapped_not_copied(executor: Executor, artifact: Path) -> None:
+    """A mapped file has no anonymous memory: its pages are in the process's map under its name."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("no /proc")
+    assert str(next((artifact / "weights").iterdir())) in maps.read_text()
+
+
+def test_running_loads_no_compiler(artifact: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from atomc.runtime.executor import Executor\n"
+        f"Executor.load(Path({str(artifact)!r}), num_blocks=4, num_window_pages=8)\n"
+        "banned = ('atomc.models', 'atomc.passes', 'atomc.codegen', 'atomc.compiler', 'triton', 'sympy', 'networkx',"
+        " 'torch._dynamo', 'torch._inductor', 'transformers')\n"
+        "print([name for name in banned if name in sys.modules])"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "[]"

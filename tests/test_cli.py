@@ -1,0 +1,320 @@
+"""The command line on good input: every command, what it prints, what `--json` writes, how fast it is there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import lzma
+import math
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+import atomc
+from tests.support.artifact import LAYERS, ONE_LAYER, write_checkpoint
+from tests.support.cli import PROGRAM, Cli, environment, run_apart, start
+
+COMMANDS = ("compile", "generate", "serve", "inspect", "explain", "eval", "passes", "targets")
+REGIONS = ("prologue", "layer_swa_hash", "layer_hca_topk", "layer_csa_topk", "head")
+
+
+# -- help --------------------------------------------------------------------------------------------------------------
+
+
+def test_help_takes_less_than_0_3_seconds() -> None:
+    """Of processor time, which other processes of the machine do not change; the best of a few."""
+
+    def seconds() -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([*PROGRAM, "--help"], env=environment(), check=True, stdout=subprocess.DEVNULL)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    assert min(seconds() for _ in range(5)) < 0.3
+
+
+@pytest.mark.parametrize("args", [["--help"], ["targets"], ["compile", "x", "--target", "none"]])
+def test_what_needs_no_tensor_does_not_load_torch(args: list[str]) -> None:
+    code = (
+        "import sys; from atomc.cli.app import app; from atomc.cli.failure import run\n"
+        f"run(app, {args!r}); print('torch' in sys.modules, 'fastapi' in sys.modules)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=60)
+    assert ran.stdout.endswith("False False\n"), ran.stderr
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(cli: Cli, command: str) -> None:
+    ran = cli(command, "--help")
+    assert ran.code == 0
+    assert f"Usage: atomc {command}" in ran.out
+    assert command in cli("-h").out
+
+
+def test_version(cli: Cli) -> None:
+    assert cli("--version").out == f"atomc {atomc.__version__}\n"
+
+
+# -- compile -----------------------------------------------------------------------------------------------------------
+
+
+def test_compile_sums_up_what_it_did(model_folder: Path) -> None:
+    summary = json.loads((model_folder / "summary.json").read_text())
+    assert summary["target"] == "cpu"
+    assert summary["regions"] == dict.fromkeys(REGIONS, 1)
+    assert summary["nodes_after"] < summary["nodes_before"]
+    assert summary["matches"]["fuse_hc_pre"] == 6
+    assert summary["sha256"] == _sha256(model_folder / "tiny.atom" / "manifest.json")
+    assert summary["max_context"] == 320
+    for size in ("parameters", "weights_bytes", "arena_bytes", "values_bytes", "peak_rss_bytes", "seconds", "steps"):
+        assert summary[size] > 0, size
+
+
+def test_compile_stops_after_a_pass_and_dumps_the_graphs(cli: Cli, tmp_path: Path) -> None:
+    model, dump = write_checkpoint(tmp_path / "model", **ONE_LAYER), tmp_path / "ir"
+    output = tmp_path / "out.atom"
+    ran = cli("compile", model, "-o", output, "--dump-ir", dump, "--stop-after", "fuse_hc_head")
+    assert ran.code == 0, ran.err
+    assert "no artifact is written" in ran.out
+    assert not output.exists()
+    names = sorted(f.name for f in (dump / "head").iterdir())
+    assert names == ["00_captured.py", "01_canonicalize.py", "02_fuse_hc_pre.py", "03_fuse_hc_head.py"]
+    assert "atom.hc_head" in (dump / "head" / "03_fuse_hc_head.py").read_text()
+
+
+def test_a_gpu_target_says_which_operators_have_no_kernel(cli: Cli, tmp_path: Path) -> None:
+    model, output = write_checkpoint(tmp_path / "model", **ONE_LAYER), tmp_path / "out.atom"
+    ran = cli("compile", model, "--target", "mi355x", "-o", output)
+    ran.failed(6, "target mi355x: no kernel for", "atom.hc_post_pre_norm.default", "deepseek_v4/layers.py:")
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["model"]
+    error = cli("compile", model, "--target", "mi355x", "-o", output, "--no-weights", "--json").json["error"]
+    assert error["exit_code"] == 6
+    assert {"op", "region", "count", "source"} == set(error["missing"][0])
+    assert "atom.moe_experts.default" in {missing["op"] for missing in error["missing"]}
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+# -- explain, inspect, passes, targets ---------------------------------------------------------------------------------
+
+
+def test_explain_shows_every_pass_in_every_region(cli: Cli, artifact: Path) -> None:
+    ran = cli("explain", artifact)
+    assert ran.code == 0
+    header = next(line for line in ran.out.splitlines() if "prologue" in line)
+    assert [word for word in header.replace("┃", " ").split() if word != "pass"] == list(REGIONS)
+    row = next(line for line in ran.out.splitlines() if "fuse_rms_norm " in line)
+    assert re.sub(r"[│\s]+", " ", row).split() == ["fuse_rms_norm", "·", "4/4", "5/5", "6/6", "1/1"]
+    assert "Nothing was refused." in ran.out
+
+
+def test_explain_leads_to_the_source_lines(cli: Cli, artifact: Path) -> None:
+    ran = cli("explain", artifact, "--pass", "fuse_rope", "--region", "layer_csa_topk")
+    assert ran.out.count("deepseek_v4/attention.py:") == 5
+    assert "attn.indexer" in ran.out
+    found = cli("explain", artifact, "--pass", "fuse_rope", "--json").json
+    assert list(found) == list(REGIONS)
+    assert [len(found[region][0]["matches"]) for region in REGIONS] == [0, 2, 3, 5, 0]
+
+
+def test_explain_compiles_a_model_and_writes_nothing(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_checkpoint(tmp_path / "model", **ONE_LAYER)
+    monkeypatch.chdir(tmp_path)
+    found = cli("explain", "model", "--json").json
+    assert list(found) == ["prologue", "layer_swa_hash", "head"]
+    assert {row["name"]: row["promised"] for row in found["head"]}["fuse_hc_head"] == 1
+    assert [f.name for f in tmp_path.iterdir()] == ["model"]
+
+
+def test_inspect_shows_facts_and_checks_files(cli: Cli, artifact: Path) -> None:
+    ran = cli("inspect", artifact)
+    assert ran.code == 0
+    assert "files, every sha256 as in the manifest" in ran.out
+    assert _sha256(artifact / "manifest.json") in ran.out
+    assert "atom.moe_experts" in ran.out
+    facts = cli("inspect", artifact, "--json").json
+    assert facts["verified"] is True
+    assert facts["regions"]["layer_csa_topk"]["uses"] == 1
+    assert facts["operators"]["atom.moe_experts.default"] == 3
+    weights = sum(f["bytes"] for name, f in facts["files"].items() if name.startswith("weights/"))
+    assert 0 <= weights - facts["memory"]["weights_bytes"] < 30_000  # safetensors' headers
+
+
+def test_inspect_prints_a_plan_to_read(cli: Cli, artifact: Path) -> None:
+    lines = cli("inspect", artifact, "--plan", "layer_swa_hash").out.splitlines()
+    assert "weight    attn_norm.weight: float32[64]" in lines
+    step = next(line for line in lines if "atom.route_hash" in line)
+    assert re.search(r"%\d+: int64\[T, 3\] = atom\.route_hash\(%\d+, batch\.ids, ffn\.gate\.tid2eid, ", step)
+    assert re.search(r"# deepseek_v4/moe\.py:\d+$", step)
+    assert any(re.fullmatch(r"output    h = %\d+", line) for line in lines)
+
+
+def test_inspect_draws_the_memory_plan(cli: Cli, artifact: Path, tmp_path: Path) -> None:
+    path = tmp_path / "memory.html"
+    assert cli("inspect", artifact, "--html", path).code == 0
+    page = path.read_text()
+    assert all(f'id="{region}"' in page for region in REGIONS)
+    plans = {f.stem: json.loads(f.read_text()) for f in (artifact / "plan").glob("*.json")}
+    buffers = [s for name in REGIONS for s in plans[name]["slots"] if s["offset"] is not None]
+    assert page.count('class="buffer"') == len(buffers) > 50
+    assert "http" not in page  # it loads nothing
+    assert [f.name for f in tmp_path.iterdir()] == ["memory.html"]
+
+
+def test_passes_are_listed_with_their_contracts(cli: Cli) -> None:
+    found = cli("passes", "--json").json
+    assert [found[0]["pass"], found[-1]["pass"]] == ["canonicalize", "dead_code"]
+    assert all(entry["contract"] for entry in found)
+    assert found[0]["contract"].startswith("one spelling for each operation")
+    text = cli("passes").out
+    assert all(entry["pass"] in text for entry in found)
+
+
+def test_targets_are_listed(cli: Cli) -> None:
+    found = cli("targets", "--json").json
+    assert [t["name"] for t in found][:2] == ["cpu", "mi355x"]
+    assert "gfx950" in cli("targets").out
+
+
+def test_the_report_is_a_page_to_read(artifact: Path) -> None:
+    report = (artifact / "report.md").read_text()
+    assert report.startswith("# checkpoint for cpu\n")
+    assert "| fuse_rms_norm | 0 | 4/4 | 5/5 | 6/6 | 1/1 |" in report
+    for heading in ("Regions", "Memory", "Matches of each pass", "Operators of one step"):
+        assert f"\n## {heading}\n" in report
+
+
+# -- generate, eval, load ----------------------------------------------------------------------------------------------
+
+
+def test_generate_prints_the_text_and_nothing_else(cli: Cli, artifact: Path) -> None:
+    args = ("generate", artifact, "hello world", "--max-tokens", "12", "--ignore-eos")
+    ran = cli(*args, "--temperature", "1", "--seed", "3", "--stats")
+    assert ran.code == 0, ran.err
+    whole = cli(*args, "--temperature", "1", "--seed", "3", "--json").json
+    assert ran.out == whole["completions"][0]["text"] + "\n"
+    assert whole["completions"][0]["finish_reason"] == "length"
+    assert whole["completion_tokens"] == 12
+    assert re.search(r"^3 prompt tokens, 12 generated in .* tokens/s\), first token after", ran.err)
+
+
+def test_generate_answers_several_prompts_as_if_alone(cli: Cli, artifact: Path) -> None:
+    prompts = ("hello", "def f(x):", "the thing " * 8)
+    args = ("--max-tokens", "8", "--ignore-eos")
+    alone = [cli("generate", artifact, prompt, *args).out.removesuffix("\n") for prompt in prompts]
+    together = cli("generate", artifact, *prompts, *args)
+    expected = [f"==> prompt {i} of 3 <==\n{text}\n" for i, text in enumerate(alone, start=1)]
+    assert together.out == "\n".join(expected)
+
+
+def test_generate_samples_as_the_model_wants(cli: Cli, artifact: Path) -> None:
+    """generation_config.json says do_sample: false; options go before it."""
+    args = ("generate", artifact, "the other", "--max-tokens", "10", "--ignore-eos", "--json")
+    greedy = [cli(*args).json["completions"] for _ in range(2)]
+    assert greedy[0] == greedy[1] == cli(*args, "--temperature", "0").json["completions"]
+    hot = [cli(*args, "--temperature", "2", "--seed", str(seed)).json["completions"] for seed in (1, 2)]
+    assert hot[0] != hot[1]
+
+
+def test_generate_reads_standard_input_and_chats(cli: Cli, artifact: Path) -> None:
+    args = ("--max-tokens", "4", "--ignore-eos", "--json")
+    ran = run_apart("generate", artifact, "-", *args, stdin=open("/dev/null"))  # noqa: SIM115
+    assert ran.json["prompt_tokens"] == 1  # BOS alone
+    chat = cli("generate", artifact, "hello", "--chat", *args)
+    assert chat.json["prompt_tokens"] == cli("generate", artifact, "hello", *args).json["prompt_tokens"] + 3
+
+
+def test_eval_reads_documents_of_every_kind(cli: Cli, artifact: Path, tmp_path: Path) -> None:
+    texts = ["hello world, hello there", "", "the theory of the thing " * 30, "é" * 40]
+    lines = "".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(texts))
+    (tmp_path / "some.jsonl").write_text(lines)
+    (tmp_path / "some.jsonl.xz").write_bytes(lzma.compress(lines.encode()))
+    found = cli("eval", artifact, tmp_path / "some.jsonl", "--json").json
+    assert found["documents"] == 4
+    assert found["bytes"] == sum(len(text.encode()) for text in texts)
+    assert found["bits_per_byte"] * found["bytes"] > found["tokens"]
+    packed = cli("eval", artifact, tmp_path / "some.jsonl.xz", "--json").json
+    assert packed["bits_per_byte"] == found["bits_per_byte"]
+    (tmp_path / "one.txt").write_text(texts[0])
+    alone = cli("eval", artifact, tmp_path / "one.txt", "--json").json
+    limited = cli("eval", artifact, tmp_path / "some.jsonl", "--limit-bytes", "24", "--json").json
+    assert alone["bits_per_byte"] == pytest.approx(limited["bits_per_byte"], rel=1e-6)
+    assert "bits per byte" in cli("eval", artifact, tmp_path / "one.txt").out
+
+
+def test_eval_is_the_cross_entropy_of_the_logits(cli: Cli, artifact: Path, tmp_path: Path) -> None:
+    """Against one step of the executor over the whole document, in a batch that the runtime did not build."""
+    import torch
+
+    from atomc.runtime.capacity import open_executor
+    from atomc.runtime.detokenize import Vocabulary
+    from tests.support.eager import make_batch, new_caches
+    from tests.support.tiny import tiny_config
+
+    (tmp_path / "some.txt").write_text(text := "def f(x): return there is the other thing")
+    executor, _ = open_executor(artifact, num_blocks=8, num_window_pages=32)
+    ids = torch.tensor([0, *Vocabulary.from_file(executor.tokenizer_path).encode(text), 1])
+    config = tiny_config(**LAYERS)
+    logits = executor.step(make_batch(config, [(0, 0, ids)], new_caches(config, 1, 320, longest_step=48)))
+    bits = torch.nn.functional.cross_entropy(logits[:-1], ids[1:], reduction="none").double() / math.log(2)
+    for eos, expected in (("--no-eos", bits[:-1].sum()), ("--eos", bits.sum())):
+        found = cli("eval", artifact, tmp_path / "some.txt", eos, "--json").json
+        assert found["bits_per_byte"] == pytest.approx(float(expected) / len(text), rel=1e-5)
+        assert found["tokens"] == len(ids) - 1 - (eos == "--no-eos")
+
+
+def test_load_gives_an_object_that_generates(cli: Cli, artifact: Path) -> None:
+    from atomc.runtime.request import SamplingParams
+
+    greedy = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    answer = atomc.load(str(artifact), max_requests=2).generate("hello", greedy)[0]
+    ran = cli("generate", artifact, "hello", "--max-tokens", "6", "--ignore-eos", "--temperature", "0")
+    assert ran.out == answer.text + "\n"
+
+
+def test_importing_atomc_loads_nothing_heavy() -> None:
+    code = "import sys, atomc; print('torch' in sys.modules, callable(atomc.load))"
+    ran = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=60)
+    assert ran.stdout == "False True\n"
+
+
+# -- serve -------------------------------------------------------------------------------------------------------------
+
+
+def test_serve_says_what_it_serves_and_ends_on_sigterm(artifact: Path) -> None:
+    server = start("serve", artifact, "--port", "0", "--name", "tiny", "--max-requests", "2")
+    try:
+        head = [server.stdout.readline() for _ in range(3)]  # type: ignore[union-attr]
+        assert head[0] == f"tiny from {artifact}, target cpu\n"
+        assert "2 requests, all at 320 tokens" in head[1]
+        url = head[2].split()[0].removesuffix("/v1/completions")
+        _wait_for(url)
+        body = json.dumps({"model": "tiny", "prompt": "hello", "max_tokens": 3}).encode()
+        with urllib.request.urlopen(f"{url}/v1/completions", body) as answer:
+            assert json.load(answer)["usage"]["completion_tokens"] <= 3
+        server.send_signal(signal.SIGTERM)
+        out, err = server.communicate(timeout=60)
+    finally:
+        server.kill()
+    assert server.returncode == 0, err
+    assert out.endswith("stopped.\n")
+    assert "Traceback" not in err
+
+
+def _wait_for(url: str) -> None:
+    for _ in range(300):
+        try:
+            with urllib.request.urlopen(f"{url}/health"):
+                return
+        except OSError:
+            time.sleep(0.1)
+    raise AssertionError(f"{url} does not answer")
