@@ -28,6 +28,7 @@ from atomc.models.deepseek_v4.config import DeepseekV4Config
 from atomc.models.deepseek_v4.promises import promised_matches
 from atomc.models.source import ModelSource, open_model
 from atomc.passes import pipelines
+from atomc.passes.graph import location
 from atomc.passes.runner import Context, Row, run_pipeline
 from atomc.recipes import Recipe, evaluate, instantiate
 from atomc.report import Explanation, explanation_of, write_report
@@ -101,6 +102,7 @@ def compile_model(
         check_output(output)
     source = open_model(model, with_weights=options.with_weights)
     limits = check_limits(options, source.config)
+    check_stop(options.stop_after)
     serving = serving_facts(source, limits)
     program = trace(source.config, serving, options, progress)
     compiled = [fuse(source, program, region, options, progress) for region in program.regions]
@@ -157,6 +159,13 @@ def check_limits(options: Options, config: DeepseekV4Config) -> Limits:
     )  # fmt: skip
 
 
+def check_stop(label: str | None) -> None:
+    """Whether there is a pass to stop after."""
+    labels = [step.label for step in pipelines.fusion()]
+    if label is not None and label not in labels:
+        raise CompileError(f"--stop-after {label}: no such pass; choose one of {', '.join(labels)}.")
+
+
 def serving_facts(source: ModelSource, limits: Limits) -> Serving:
     """Paging and table widths that follow from the model and the limits."""
     from atomc.models.deepseek_v4.state import Paging
@@ -197,10 +206,7 @@ def fuse(source: ModelSource, program: Program, region: Region, options: Options
         module_paths=dict(weights),
     )
     dump = options.dump_ir / region.name if options.dump_ir is not None else None
-    pipeline = pipelines.fusion()
-    if options.stop_after is not None and options.stop_after not in (labels := [p.label for p in pipeline]):
-        raise CompileError(f"--stop-after {options.stop_after}: no such pass; choose one of {', '.join(labels)}.")
-    return Compiled(region, ctx, run_pipeline(pipeline, region.gm, ctx, dump, options.stop_after))
+    return Compiled(region, ctx, run_pipeline(pipelines.fusion(), region.gm, ctx, dump, options.stop_after))
 
 
 def lower(compiled: Compiled, serving: Serving) -> RegionPlan:
@@ -209,7 +215,7 @@ def lower(compiled: Compiled, serving: Serving) -> RegionPlan:
     bound = [i for i in region.inputs if i.role != "weight"]
     bound += [Input(placeholder, "weight", path) for placeholder, path in ctx.module_paths.items()]
     inputs = {i.placeholder: (i.role, i.name) for i in bound}
-    return Lowering(region.name, region.gm, inputs, region.outputs, region.symbols, serving.bounds()).run()
+    return Lowering(region.name, region.gm, inputs, region.outputs, region.symbols, serving.bounds(), location).run()
 
 
 def link(program: Program, regions: dict[str, RegionPlan], serving: Serving) -> ProgramPlan:

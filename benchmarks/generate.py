@@ -50,11 +50,17 @@ def operators(llm: LLM, tokens: int) -> list[tuple[str, float]]:
 
 def machine() -> dict[str, Any]:
     """What the figures belong to."""
-    model = next((s.split(":")[1].strip() for s in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in s), "")
-    return {"cpu": model, "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version()}
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return {
+        "cpu": next((line.split(":")[1].strip() for line in lines if "model name" in line), ""),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def main() -> None:
+    """Measure, print, and write JSON when asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("artifact", type=Path)
     parser.add_argument("--tokens", type=int, default=128)
@@ -67,11 +73,13 @@ def main() -> None:
     cases = [tokens_per_second(llm, n, options.tokens, options.repeat) for n in (1, 4, 8, 16)]
     for case in cases:
         gain = case["tokens_per_s"] / cases[0]["tokens_per_s"]
-        print(f"{case['requests']:3.0f} requests  {case['tokens_per_s']:8.1f} tokens/s  {case['ms_per_step']:6.2f} ms/step  {gain:4.2f}×")
+        speed, step = case["tokens_per_s"], case["ms_per_step"]
+        print(f"{case['requests']:3.0f} requests  {speed:8.1f} tokens/s  {step:6.2f} ms/step  {gain:4.2f}×")
     shares = operators(llm, 32)
     print("time of one-request decoding by operator:", ", ".join(f"{key} {share:.0%}" for key, share in shares))
     if options.out is not None:
-        command = f"python benchmarks/generate.py {options.artifact} --tokens {options.tokens} --threads {options.threads}"
+        flags = f"--tokens {options.tokens} --threads {options.threads}"
+        command = f"python benchmarks/generate.py {options.artifact} {flags}"
         result = {"command": command, "machine": machine(), "cases": cases, "operators": shares}
         options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import operator
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -25,7 +25,6 @@ from atomc.artifact.expr import ExpressionError, evaluate, parse
 from atomc.artifact.plan import SYMBOLS, Arg, DType, RegionInput, RegionPlan, Role, Scalar, Size, Slot, Step
 from atomc.codegen.liveness import Value, finish
 from atomc.errors import AtomcError
-from atomc.passes.graph import location
 
 # Sizes of the trial run: distinct primes, so that no two dims agree by accident.
 EXAMPLE: Final = dict(zip(SYMBOLS, (11, 3, 5, 7, 2, 13, 17, 19), strict=True))
@@ -38,7 +37,13 @@ class LoweringError(AtomcError):
 
 @dataclass
 class Lowering:
-    """Lowers one region. `symbols`: graph symbol -> plan symbol; `bounds`: plan symbol -> largest value."""
+    """Lowers one region.
+
+    Attributes:
+        inputs: placeholder -> role and name of what is bound to it. outputs: names of the results.
+        symbols: graph symbol -> plan symbol. bounds: plan symbol -> largest value.
+        where: the model's source line of a node.
+    """
 
     region: str
     gm: GraphModule
@@ -46,6 +51,7 @@ class Lowering:
     outputs: list[str]
     symbols: Mapping[str, str]
     bounds: Mapping[str, int]
+    where: Callable[[Node], str]
     ids: dict[Node, int] = field(default_factory=dict)
     values: list[Value] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
@@ -71,7 +77,7 @@ class Lowering:
         return finish(self.region, bound, outputs, self.values, self.steps)
 
     def _error(self, node: Node, what: str) -> LoweringError:
-        return LoweringError(f"{self.region}: {node.name} ({location(node)}): {what}.")
+        return LoweringError(f"{self.region}: {node.name} ({self.where(node)}): {what}.")
 
     def _input(self, node: Node) -> RegionInput:
         role, name = self.inputs[node.name]
@@ -89,7 +95,7 @@ class Lowering:
         args = [self._argument(a, node) for a in node.args]
         kwargs = {k: self._argument(v, node) for k, v in node.kwargs.items() if k not in PLACEMENT}
         trial = self._try(node, args, kwargs)
-        self.steps.append(Step(_qualified(node.target), args, kwargs, self._results(node, trial), [], location(node)))
+        self.steps.append(Step(_qualified(node.target), args, kwargs, self._results(node, trial), [], self.where(node)))
 
     def _try(self, node: Node, args: list[Arg], kwargs: dict[str, Arg]) -> Any:
         """The call on meta tensors of the example sizes."""
@@ -162,7 +168,7 @@ class Lowering:
         if trial.is_contiguous():
             return slot
         whole = self._slot(f"{node.name}_contiguous", "temporary", node.meta["val"], trial.contiguous(), node)
-        self.steps.append(Step("aten.contiguous.default", [Slot(slot)], {}, [whole], [], location(node)))
+        self.steps.append(Step("aten.contiguous.default", [Slot(slot)], {}, [whole], [], self.where(node)))
         return whole
 
     def _argument(self, value: Any, node: Node) -> Arg:

@@ -5,23 +5,25 @@ Each spelling's parameters are its operator's. Numbers in the examples are senti
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx import Graph, Node
 
 from atomc.ops import activation, hyper_connection, norm, rope, router
 from atomc.passes.canonicalize import END
 from atomc.passes.fuse import Emitter, Fuse
-from atomc.passes.graph import aten
+from atomc.passes.graph import aten, calls
 from atomc.passes.pattern import Example, Of, Spelling
 
 EPS, HC_EPS, LIMIT, SCALE, SUM_EPS = 0.00123, 0.00217, 3.21, 1.77, 0.00031
 F32, I32 = torch.float32, torch.int32
 atom = torch.ops.atom
 
-Norm = dict[str, Example]
+Adapt = Callable[[Emitter, dict[str, Any]], dict[str, Any]]
 
 
 # RMSNorm and RoPE ------------------------------------------------------------------------------------------------
@@ -49,19 +51,41 @@ def _half_rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([nope, ((pe.float() * cos) + (turned.float() * sin)).to(x.dtype)], dim=-1)
 
 
-def _with_head_dim(emit: Emitter, known: dict[str, Any]) -> dict[str, Any]:
-    cos, sin = (emit.call(aten.unsqueeze.default, known[k], -3) for k in ("cos", "sin"))
-    return {**known, "cos": cos, "sin": sin, "inverse": False}
+def _half_rotated_back(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return _half_rotated(x, cos, -sin)
 
 
-_HALF_ROTATED = Spelling(
-    _half_rotated,
-    {"x": Of((2, 3, 7, 22)), "cos": Of((2, 7, 5), F32), "sin": Of((2, 7, 5), F32)},
-    adapt=_with_head_dim,
-    source="transformers",
-)
-ROPE = Fuse("rope", (Spelling(rope.rope, _ROPE, fixed={"inverse": False}), _HALF_ROTATED))
-ROPE_INVERSE = Fuse("rope", (Spelling(rope.rope, _ROPE, fixed={"inverse": True}),), variant="_inverse")
+def _with_heads(inverse: bool) -> Adapt:
+    """The angles of [B, H, S, d] for the operator: [B, S, rd/2] -> [B, 1, S, rd/2] in fp32."""
+
+    def prepared(emit: Emitter, angle: Node) -> Node:
+        if angle.meta["val"].dtype != F32:  # rounded before, not after: the products are in fp32 either way
+            angle = emit.call(aten.to.dtype, angle, F32)
+        return emit.call(aten.unsqueeze.default, angle, -3)
+
+    def adapt(emit: Emitter, known: dict[str, Any]) -> dict[str, Any]:
+        return {**known, "cos": prepared(emit, known["cos"]), "sin": prepared(emit, known["sin"]), "inverse": inverse}
+
+    return adapt
+
+
+_HALF: dict[str, Example] = {"x": Of((2, 3, 7, 22)), "cos": Of((2, 7, 5), F32), "sin": Of((2, 7, 5), F32)}
+# The doubling of the angles, done once for all that is rotated by them.
+_DOUBLED = frozenset({aten.repeat_interleave.self_int, aten.unsqueeze.default, aten.neg.default})
+
+
+def _rope(inverse: bool) -> tuple[Spelling, ...]:
+    halves, adapt = _half_rotated_back if inverse else _half_rotated, _with_heads(inverse)
+    # Where all channels are rotated, the slice that takes them is no operation.
+    whole = ({**_ROPE, "x": Of((7, 3, 10))}, {**_HALF, "x": Of((2, 3, 7, 10))})
+    return (
+        *(Spelling(rope.rope, e, fixed={"inverse": inverse}) for e in (_ROPE, whole[0])),
+        *(Spelling(halves, e, adapt=adapt, shared=_DOUBLED, source="transformers") for e in (_HALF, whole[1])),
+    )
+
+
+ROPE = Fuse("rope", _rope(inverse=False))
+ROPE_INVERSE = Fuse("rope", _rope(inverse=True), variant="_inverse")
 
 # Hyper-connections -----------------------------------------------------------------------------------------------
 
@@ -94,18 +118,32 @@ def _hc_head_normed_first(h: Tensor, fn: Tensor, base: Tensor, scale: Tensor, no
     return (pre.unsqueeze(-1) * h).sum(dim=-2).to(h.dtype)
 
 
-def hc_pre(iters: int) -> Fuse:
-    """Pre of one sublayer with `iters` Sinkhorn iterations."""
-    fixed = {"iters": iters}
-    return Fuse(
-        "hc_pre",
-        (
-            Spelling(hyper_connection.hc_pre, _HC, fixed=fixed),
-            Spelling(_hc_pre_normed_first, _HC, fixed=fixed, source="transformers"),
-        ),
-    )
+def sinkhorn_counts(graph: Graph) -> list[dict[str, Any]]:
+    """`iters` of every unrolled Sinkhorn iteration: the lengths of the chains of `a / (sum(a) + eps)`, longest first.
+
+    One column step comes first, then `iters - 1` times a row step and a column step.
+    """
+    length: dict[Node, int] = {}
+    for node in calls(graph):
+        if _normalises(node):
+            length[node] = 1 + length.pop(node.args[0], 0)  # type: ignore[arg-type]
+    return [{"iters": n} for n in sorted({(n + 1) // 2 for n in length.values()}, reverse=True)]
 
 
+def _normalises(node: Node) -> bool:
+    """`a / (a.sum(dim, keepdim=True) + eps)`."""
+    below = node.args[1] if node.target is aten.div.Tensor else None
+    total = below.args[0] if isinstance(below, Node) and below.target is aten.add.Tensor else None
+    return isinstance(total, Node) and total.target is aten.sum.dim_IntList and total.args[0] is node.args[0]
+
+
+HC_PRE = Fuse(
+    "hc_pre",
+    (
+        Spelling(hyper_connection.hc_pre, _HC, fixed_from=sinkhorn_counts),
+        Spelling(_hc_pre_normed_first, _HC, fixed_from=sinkhorn_counts, source="transformers"),
+    ),
+)
 HC_HEAD = Fuse(
     "hc_head",
     (
@@ -147,7 +185,7 @@ MOE_EXPERTS = Fuse(
                 "indices": Of((7, 3), torch.int64),
                 "weights": Of((7, 3), F32),
                 "limit": LIMIT,
-            },  # fmt: skip
+            },
         ),
     ),
 )
@@ -280,7 +318,7 @@ INDEX_ROPE_TOPK = Fuse(
                 "query_start": Of((3,), I32),
                 "ratio": _RATIO,
                 "topk": _TOPK,
-            },  # fmt: skip
+            },
         ),
     ),
 )

@@ -1,16 +1,29 @@
-"""Small helpers on FX graphs that every pass needs: provenance, views, mutation order, normalised calls."""
+"""Small helpers on FX graphs that every pass needs: provenance, aliasing, side effects and the order they impose.
+
+Terms:
+    storage     what holds a tensor's data. Fake values share storages exactly as the real ones do, so that two nodes
+                alias one another where their fake values say so.
+    resource    something a call changes: a storage, or the state of the random generator.
+"""
 
 from __future__ import annotations
 
 import heapq
+import logging
+import operator
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 
+from atomc.errors import AtomcError
+
 aten = torch.ops.aten
+FAKE_LOG = logging.getLogger("torch._subclasses.fake_tensor")
 
 VIEWS = frozenset(
     {
@@ -27,6 +40,10 @@ VIEWS = frozenset(
         aten.detach.default,
     }
 )
+
+
+class PassError(AtomcError):
+    """A pass could not do what the pipeline promises; the message names the node and its source line."""
 
 
 def schema_of(node: Node) -> torch._C.FunctionSchema | None:
@@ -51,9 +68,56 @@ def mutated_args(node: Node) -> list[Node]:
 
 def base_of(node: Node) -> Node:
     """The node whose storage a chain of views reads."""
-    while node.op == "call_function" and node.target in VIEWS and isinstance(node.args[0], Node):
-        node = node.args[0]
+    while (source := _viewed(node)) is not None:
+        node = source
     return node
+
+
+def _viewed(node: Node) -> Node | None:
+    """The input that a call returns a view of, if it does."""
+    if node.op != "call_function" or not node.args:
+        return None
+    if node.target in VIEWS and isinstance(node.args[0], Node):
+        return node.args[0]
+    own = _storage(node)
+    if own is None:
+        return None
+    sources = list(node.all_input_nodes)
+    if node.target is operator.getitem:  # of a split: the list has no storage of its own, what it was made of has
+        sources += sources[0].all_input_nodes
+    return next((n for n in sources if _storage(n) == own), None)
+
+
+def _storage(node: Node) -> int | None:
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
+        return None
+    storage: int = value.untyped_storage()._cdata
+    return storage
+
+
+def storage_of(node: Node) -> object:
+    """A key that nodes share exactly if they may alias one another, inputs that overlap included."""
+    base = base_of(node)
+    return base if (storage := _storage(base)) is None else storage
+
+
+def is_pure(node: Node) -> bool:
+    """A call that may be dropped, moved, or merged with an equal one: no writes, no random numbers, no global state."""
+    if node.op != "call_function":
+        return False
+    if schema_of(node) is None:
+        return getattr(node.target, "__module__", None) in ("_operator", "math")
+    return not node.is_impure()
+
+
+def resources_written(node: Node) -> set[object]:
+    """The storages a call mutates, and "state" for whatever else it changes (random generator, grad mode)."""
+    written: set[object] = {storage_of(n) for n in mutated_args(node)}
+    seeded = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    if node.op == "call_function" and (seeded or not (written or is_pure(node))):
+        written.add("state")
+    return written
 
 
 def location(node: Node) -> str:
@@ -96,22 +160,45 @@ def value_of(arg: Any) -> Any:
     return arg
 
 
+@contextmanager
+def quiet(values: Iterable[Any]) -> Iterator[None]:
+    """The fake mode of the values; to look at a graph must not narrow it (no guards), nor log what does not fit.
+
+    Raises:
+        PassError: none of the values is a fake tensor.
+    """
+    mode = next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None)
+    if mode is None:
+        raise PassError("the graph has no fake values; capture it with torch.export or make_fx first")
+    level = FAKE_LOG.level
+    FAKE_LOG.setLevel(logging.CRITICAL)
+    try:
+        with mode, nullcontext() if mode.shape_env is None else mode.shape_env.suppress_guards():
+            yield
+    finally:
+        FAKE_LOG.setLevel(level)
+
+
 def order_edges(graph: Graph) -> dict[Node, set[Node]]:
-    """For each node, the nodes that must precede it: its inputs, and the mutation order of the storage it touches."""
+    """For each node, the nodes that must precede it: its inputs, and those its side effects must not overtake."""
+    writes = {node: written for node in graph.nodes if (written := resources_written(node))}
+    contested = set().union(*writes.values())
+    storages = {node: storage_of(node) for node in graph.nodes} if contested else {}
     before: dict[Node, set[Node]] = {}
-    writer: dict[Node, Node] = {}
-    readers: dict[Node, list[Node]] = {}
+    writer: dict[object, Node] = {}
+    readers: dict[object, list[Node]] = {}
     for node in graph.nodes:
         edges = set(node.all_input_nodes)
-        written = {base_of(n) for n in mutated_args(node)}
-        for base in {base_of(n) for n in node.all_input_nodes}:
-            if base in writer:
-                edges.add(writer[base])
-            if base in written:
-                edges.update(readers.pop(base, ()))
-                writer[base] = node
+        written = writes.get(node, set())
+        read = {storages[n] for n in node.all_input_nodes} & contested if contested else set()
+        for resource in read | written:
+            if resource in writer:
+                edges.add(writer[resource])
+            if resource in written:
+                edges.update(readers.pop(resource, ()))
+                writer[resource] = node
             else:
-                readers.setdefault(base, []).append(node)
+                readers.setdefault(resource, []).append(node)
         edges.discard(node)
         before[node] = edges
     return before

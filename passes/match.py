@@ -3,6 +3,10 @@
 Two phases. The first ignores integers (sizes, bounds), binds inputs and reads numbers off the graph; it finds where a
 pattern might be. The second traces the spelling again on the very shapes, dtypes and numbers found, and compares every
 argument exactly; it proves that it is.
+
+Terms:
+    goal        a part of the pattern to be matched with a part of the graph.
+    anchor      an output or an effect of the pattern; what a search starts from.
 """
 
 from __future__ import annotations
@@ -19,6 +23,8 @@ from atomc.passes.pattern import Pattern
 
 COMMUTATIVE = frozenset({aten.add.Tensor, aten.mul.Tensor})
 
+Goal = tuple[Any, Any, Node]  # part of the pattern, part of the graph, the graph node the latter belongs to
+
 
 @dataclass
 class Binding:
@@ -29,9 +35,6 @@ class Binding:
 
     def copy(self) -> Binding:
         return Binding(dict(self.nodes), dict(self.numbers))
-
-    def become(self, other: Binding) -> None:
-        self.nodes, self.numbers = other.nodes, other.numbers
 
 
 @dataclass
@@ -52,99 +55,137 @@ class Matcher:
         self.sentinels = {} if exact else {v: k for k, v in pattern.numbers}
 
     def search(self, graph: Graph) -> Iterator[Iterator[Binding]]:
-        """For each place the first anchor fits, last place first: the ways to complete the match."""
+        """For each node that the first anchor may be, last one first: every way to match the whole pattern there."""
         first = self.pattern.anchors[0]
         for node in reversed(list(graph.nodes)):
             if not node._erased and node.op == "call_function" and node.target == first.target:
-                binding = Binding()
-                if self.node(first, node, binding):
-                    yield self.rest(1, graph, binding)
+                yield self.complete([node], graph, Binding())
 
-    def rest(self, index: int, graph: Graph, binding: Binding) -> Iterator[Binding]:
-        """Match the anchors from `index` on, with each candidate that fits."""
+    def complete(self, places: list[Node], graph: Graph | None, binding: Binding) -> Iterator[Binding]:
+        """Every match with the anchors at `places`; further anchors are looked for in `graph`."""
+        yield from self._complete(0, places, graph, binding)
+
+    def _complete(self, index: int, places: list[Node], graph: Graph | None, binding: Binding) -> Iterator[Binding]:
         if index == len(self.pattern.anchors):
             yield binding
             return
         anchor = self.pattern.anchors[index]
-        if anchor in binding.nodes:
-            yield from self.rest(index + 1, graph, binding)
-            return
-        for candidate in _candidates(anchor, graph, binding):
-            trial = binding.copy()
-            if self.node(anchor, candidate, trial):
-                yield from self.rest(index + 1, graph, trial)
+        if index < len(places):
+            candidates = [places[index]]
+        elif anchor in binding.nodes:
+            candidates = [binding.nodes[anchor]]
+        else:
+            candidates = [] if graph is None else _candidates(anchor, graph, binding)
+        for candidate in candidates:
+            for found in self.solve([(anchor, candidate, candidate)], binding.copy()):
+                yield from self._complete(index + 1, places, graph, found)
 
-    def node(self, p: Node, t: Node, b: Binding) -> bool:
-        """Match pattern node p with graph node t, extending b."""
-        if p in b.nodes:
-            return b.nodes[p] is t or self.fail(b, t, f"{p.name} is already {b.nodes[p].name}, not {t.name}")
-        if p.op == "placeholder":
-            if not isinstance(t.meta.get("val"), torch.Tensor):
-                return self.fail(b, t, f"expected a tensor, found {t.name}")
-            b.nodes[p] = t
-            return True
-        if t.op != "call_function" or p.target != t.target:
-            found = op_name(t.target) if t.op == "call_function" else f"{t.op} {t.name}"
-            return self.fail(b, t, f"expected {op_name(p.target)}, found {found}")
-        if self.same_size(p, t):
-            return True
-        trial = b.copy()
-        if self.arguments(p.args, t.args, trial, t) and self.arguments(p.kwargs, t.kwargs, trial, t):
-            trial.nodes[p] = t
-            b.become(trial)
-            return True
-        if p.target in COMMUTATIVE and len(p.args) == 2 and len(t.args) == 2:
-            trial = b.copy()
-            if self.arguments(p.args, (t.args[1], t.args[0]), trial, t):
-                trial.nodes[p] = t
-                b.become(trial)
-                return True
-        return False
+    def solve(self, goals: list[Goal], b: Binding) -> Iterator[Binding]:
+        """Every extension of b that reaches all goals; the last goal comes first."""
+        while goals:
+            ways = self.reduce(*goals.pop(), b)
+            if not ways:
+                return
+            for way in ways[:-1]:
+                yield from self.solve([*goals, *way], b.copy())
+            goals += ways[-1]
+        yield b
 
-    def same_size(self, p: Node, t: Node) -> bool:
-        """Symbolic sizes are equal by expression, whichever tensor they were read from."""
-        a, b = p.meta.get("val"), t.meta.get("val")
-        return isinstance(a, torch.SymInt) and isinstance(b, torch.SymInt) and str(a) == str(b)
-
-    def arguments(self, p: Any, t: Any, b: Binding, at: Node) -> bool:
-        """Match two argument structures."""
+    def reduce(self, p: Any, t: Any, at: Node, b: Binding) -> list[list[Goal]]:
+        """The ways to reach one goal, each as the goals that remain; none if it cannot be reached."""
         if isinstance(p, Node):
             if isinstance(t, Node):
-                return self.node(p, t, b)
-            return (not self.exact and isinstance(t, int)) or self.fail(b, at, f"expected {p.name}, found {t!r}")
+                return self.nodes(p, t, b)
+            return self.check(not self.exact and isinstance(t, int), b, at, f"expected {p.name}, found {t!r}")
         if isinstance(p, dict):
-            return p.keys() == t.keys() and all(self.arguments(p[k], t[k], b, at) for k in p)
+            same = isinstance(t, dict) and p.keys() == t.keys()
+            return [_goals((p[k], t[k], at) for k in p)] if same else self.check(False, b, at, f"found {t!r}")
         if isinstance(p, (list, tuple)):
             if not self.exact and isinstance(t, list) and all(isinstance(x, int) for x in p):
-                return True  # sizes: their number depends on the rank
+                return [[]]  # sizes: their number depends on the rank
             if not isinstance(t, (list, tuple)) or len(p) != len(t):
-                return self.fail(b, at, f"expected {len(p)} arguments, found {t!r}")
-            return all(self.arguments(x, y, b, at) for x, y in zip(p, t, strict=True))
+                return self.check(False, b, at, f"expected {len(p)} arguments, found {t!r}")
+            return [_goals((x, y, at) for x, y in zip(p, t, strict=True))]
         return self.literal(p, t, b, at)
 
-    def literal(self, p: Any, t: Any, b: Binding, at: Node) -> bool:
-        number = isinstance(t, (int, float)) and not isinstance(t, bool)
-        if number and not isinstance(p, bool) and isinstance(p, (int, float)) and p in self.sentinels:
-            name = self.sentinels[p]
-            value = t if isinstance(p, int) else float(t)
-            return b.numbers.setdefault(name, value) == value or self.fail(
-                b, at, f"{name} is {b.numbers[name]} and {value}"
-            )
-        if number and (signed := -p if isinstance(p, float) else None) in self.sentinels and signed is not None:
-            name = self.sentinels[signed]
-            return b.numbers.setdefault(name, -float(t)) == -float(t) or self.fail(
-                b, at, f"{name} is {b.numbers[name]} and {-float(t)}"
-            )
-        if not self.exact and isinstance(p, int) and not isinstance(p, bool) and isinstance(t, (int, Node)):
-            return True
-        same = p == t and isinstance(p, bool) == isinstance(t, bool)
-        return same or self.fail(b, at, f"expected {p!r}, found {t!r}")
+    def nodes(self, p: Node, t: Node, b: Binding) -> list[list[Goal]]:
+        """Match pattern node p with graph node t."""
+        if p in b.nodes:
+            # At another place than the anchors before it, most often: no news of how near this one is.
+            at = b if b.nodes[p] is t else Binding()
+            return self.check(b.nodes[p] is t, at, t, f"{p.name} is already {b.nodes[p].name}, not {t.name}")
+        if p.op == "placeholder":
+            tensor = isinstance(t.meta.get("val"), torch.Tensor)
+            b.nodes[p] = t
+            return self.check(tensor, b, t, f"expected a tensor, found {t.name}")
+        if t.op != "call_function" or p.target != t.target:
+            found = op_name(t.target) if t.op == "call_function" else f"{t.op} {t.name}"
+            return self.check(False, b, t, f"expected {op_name(p.target)}, found {found}")
+        if _same_size(p, t):
+            return [[]]
+        b.nodes[p] = t
+        if self.exact and p.target is aten.reshape.default:
+            # Sizes may be asked for in many ways; what comes out is what counts.
+            shapes = [tuple(map(str, n.meta["val"].shape)) for n in (p, t)]
+            same = shapes[0] == shapes[1]
+            return [[(p.args[0], t.args[0], t)]] if same else self.check(False, b, t, f"its shape is {shapes[1]}")
+        orders = [t.args]
+        if p.target in COMMUTATIVE and len(p.args) == len(t.args) == 2:
+            either = [t.args, (t.args[1], t.args[0])]
+            orders = [o for o in either if all(map(self.plausible, p.args, o, (b, b)))]
+            orders = orders or [max(either, key=lambda o: sum(map(_both_computed, p.args, o)))]
+        return [[(p.kwargs, t.kwargs, t), (p.args, order, t)] for order in orders]
 
-    def fail(self, b: Binding, t: Node, reason: str) -> bool:
-        depth = sum(n.op == "call_function" for n in b.nodes)
+    def plausible(self, p: Any, t: Any, b: Binding) -> bool:
+        """A look ahead of one step, so that most commutative operations leave one order."""
+        if not isinstance(p, Node) or not isinstance(t, Node):
+            return not isinstance(p, Node) and not isinstance(t, Node)
+        if p in b.nodes:
+            return b.nodes[p] is t
+        return p.op == "placeholder" or (t.op == "call_function" and p.target == t.target)
+
+    def literal(self, p: Any, t: Any, b: Binding, at: Node) -> list[list[Goal]]:
+        """Match a constant of the pattern; a sentinel takes the number of the graph, once."""
+        number = isinstance(t, (int, float)) and not isinstance(t, bool)
+        for sign in (1, -1):
+            if number and isinstance(p, (int, float)) and not isinstance(p, bool) and sign * p in self.sentinels:
+                name, value = self.sentinels[sign * p], sign * (t if isinstance(p, int) else float(t))
+                known = b.numbers.setdefault(name, value)
+                return self.check(known == value, b, at, f"{name} is {known} and {value}")
+        integer = isinstance(p, int) and not isinstance(p, bool) and isinstance(t, (int, Node))
+        dtypes = isinstance(p, torch.dtype) and isinstance(t, torch.dtype)
+        if not self.exact and (integer or dtypes):
+            return [[]]
+        same = type(p) is type(t) and p == t
+        return self.check(same or (number and _number(p) and p == t), b, at, f"expected {p!r}, found {t!r}")
+
+    def check(self, holds: bool, b: Binding, t: Node, reason: str) -> list[list[Goal]]:
+        """Nothing remains to be matched if it holds; else note the miss."""
+        if holds:
+            return [[]]
+        depth = sum(n.op == "call_function" for n in b.nodes) if len(b.nodes) >= self.miss.depth else -1
         if depth >= self.miss.depth:
             self.miss = Miss(depth, location(t), f"at {t.name}: {reason}")
-        return False
+        return []
+
+
+def _goals(goals: Iterator[Goal]) -> list[Goal]:
+    """In the order in which the solver takes them, which is from the end."""
+    return list(goals)[::-1]
+
+
+def _both_computed(p: Any, t: Any) -> bool:
+    return all(isinstance(n, Node) and n.op == "call_function" for n in (p, t))
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _same_size(p: Node, t: Node) -> bool:
+    """Symbolic sizes are equal by expression, whichever tensor they were read from."""
+    a, b = p.meta.get("val"), t.meta.get("val")
+    return isinstance(a, torch.SymInt) and isinstance(b, torch.SymInt) and str(a) == str(b)
 
 
 def _candidates(anchor: Node, graph: Graph, binding: Binding) -> list[Node]:

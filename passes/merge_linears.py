@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 
 from atomc.passes.canonicalize import END
 from atomc.passes.fuse import Emitter
-from atomc.passes.graph import aten, location
+from atomc.passes.graph import aten, location, quiet
 from atomc.passes.runner import Context, Match, Pass, Refusal, Report
 from atomc.recipes import Concat
 
@@ -61,26 +61,31 @@ def _obstacle(group: tuple[str, ...], nodes: list[Node]) -> str | None:
         return f"only {len(nodes)} of {len(group)} are present"
     if len({n.args[0] for n in nodes}) > 1:
         return "they read different inputs"
-    if len({w.meta["val"].dtype for n in nodes if isinstance(w := n.args[1], Node)}) > 1:
+    weights = [w for n in nodes if isinstance(w := n.args[1], Node)]
+    if len({w.meta["val"].dtype for w in weights}) > 1:
         return "their weights have different dtypes"
+    if used := next((w for w in weights if len(w.users) > 1), None):
+        return f"{used.name} is used elsewhere too"
     return None
 
 
 def _merge(gm: GraphModule, ctx: Context, path: str, nodes: list[Node]) -> None:
+    """One product at the place of the earliest; its slices take the places of the others."""
+    order = {node: i for i, node in enumerate(gm.graph.nodes)}
+    first = min(nodes, key=order.__getitem__)
     weights = [n.args[1] for n in nodes if isinstance(n.args[1], Node)]
     last = [n for n in gm.graph.nodes if n.op == "placeholder"][-1]
     with gm.graph.inserting_after(last):
         weight = gm.graph.placeholder("p_" + path.replace(".", "_").replace("|", "_or_"))
-    with weights[0].meta["val"].fake_mode:
+    with quiet(w.meta["val"] for w in weights):
         weight.meta["val"] = torch.cat([w.meta["val"] for w in weights])
     ctx.weights[weight.name] = Concat(tuple(ctx.weights.pop(w.name) for w in weights), dim=0)
     ctx.module_paths[weight.name] = path + ".weight"
-    emit = Emitter(gm, nodes[0], nodes[0])
-    product = emit.call(aten.linear.default, nodes[0].args[0], weight)
+    product = Emitter(gm, first, first).call(aten.linear.default, first.args[0], weight)
     start, total = 0, weight.meta["val"].shape[0]
     for node, old in zip(nodes, weights, strict=True):
         stop = start + old.meta["val"].shape[0]
-        part = Emitter(gm, nodes[0], node).call(aten.slice.Tensor, product, -1, start, END if stop == total else stop)
+        part = Emitter(gm, first, node).call(aten.slice.Tensor, product, -1, start, END if stop == total else stop)
         node.replace_all_uses_with(part)
         start = stop
     for node, old in zip(nodes, weights, strict=True):

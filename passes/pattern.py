@@ -15,12 +15,13 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from atomc.passes.canonicalize import Canonicalize
-from atomc.passes.graph import mutated_args
+from atomc.passes.graph import mutated_args, quiet
 from atomc.passes.runner import Context
 
 
@@ -33,6 +34,7 @@ class Of:
 
 
 Example = Of | float | int | bool | None
+Fixed = tuple[tuple[str, Any], ...]
 
 
 @dataclass(frozen=True)
@@ -42,16 +44,30 @@ class Spelling:
     Attributes:
         fn: plain torch (or atom operators); its parameter names are the operator's, unless `adapt` translates.
         examples: per parameter, an example tensor or a sentinel; None passes None.
-        fixed: parameters whose value shapes the pattern (loop counts, flags); they are part of it, not read off.
+        fixed: parameters whose value shapes the pattern (flags); they are part of it, not read off.
+        fixed_from: finds candidates for further such parameters in a graph (loop counts).
         adapt: turns what the match bound into the operator's arguments, emitting nodes where needed.
+        shared: operators whose results may be used elsewhere too: cheap ones that the fused operator may repeat.
         source: who writes it so, for the report.
     """
 
     fn: Callable[..., Any]
     examples: Mapping[str, Example]
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    fixed_from: Callable[[Graph], list[dict[str, Any]]] | None = None
     adapt: Callable[[Any, dict[str, Any]], dict[str, Any]] | None = None
+    shared: frozenset[Any] = frozenset()
     source: str = "reference"
+
+    def choices(self, graph: Graph) -> list[Fixed]:
+        """Every set of fixed parameters worth a search in this graph."""
+        found = [{}] if self.fixed_from is None else self.fixed_from(graph)
+        return [tuple(sorted({**self.fixed, **more}.items())) for more in found]
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """Parameters that are no input and no number."""
+        return {k: v for k, v in self.examples.items() if v is None or isinstance(v, bool)}
 
 
 @dataclass(frozen=True)
@@ -79,14 +95,18 @@ class Pattern:
 
 def trace(fn: Callable[..., Any], arguments: Mapping[str, Any]) -> tuple[GraphModule, dict[Node, str]]:
     """Canonical graph of fn on fake tensors; other arguments are constants. Also: placeholder -> parameter."""
-    tensors = {k: v for k, v in arguments.items() if isinstance(v, torch.Tensor)}
+    tensors = {k: v for k, v in arguments.items() if isinstance(v, Tensor)}
     constants = {k: v for k, v in arguments.items() if k not in tensors}
 
-    def call(*values: torch.Tensor) -> Any:
+    def call(*values: Tensor) -> Any:
         return fn(**dict(zip(tensors, values, strict=True)), **constants)
 
-    with torch.no_grad():
-        gm = make_fx(call, tracing_mode="real", pre_dispatch=True, record_module_stack=False)(*tensors.values())
+    # An example for two parameters would be one input of the pattern: give each its own.
+    values = list({id(v): v for v in tensors.values()}.values())
+    if len(values) < len(tensors):
+        values = [v.detach() for v in tensors.values()]
+    with quiet(values), torch.no_grad():
+        gm = make_fx(call, tracing_mode="real", pre_dispatch=True, record_module_stack=False)(*values)
     names = dict(zip((n for n in gm.graph.nodes if n.op == "placeholder"), tensors, strict=True))
     for node in names:
         node.meta["val"] = tensors[names[node]]
@@ -114,11 +134,6 @@ def _ancestors(node: Node) -> int:
     return len(seen)
 
 
-def general(spelling: Spelling, dtype: torch.dtype) -> Pattern:
-    """The spelling traced on its examples, for the structural search."""
-    return _general(_Key(spelling), dtype)
-
-
 class _Key:
     """A spelling as a cache key: by identity, spellings being module constants."""
 
@@ -132,8 +147,13 @@ class _Key:
         return isinstance(other, _Key) and other.spelling is self.spelling
 
 
+def general(spelling: Spelling, fixed: Fixed, dtype: torch.dtype) -> Pattern:
+    """The spelling traced on its examples, for the structural search."""
+    return _general(_Key(spelling), fixed, dtype)
+
+
 @lru_cache(maxsize=512)
-def _general(key: _Key, dtype: torch.dtype) -> Pattern:
+def _general(key: _Key, fixed: Fixed, dtype: torch.dtype) -> Pattern:
     spelling = key.spelling
     numbers = {k: v for k, v in spelling.examples.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
     with FakeTensorMode():
@@ -141,7 +161,27 @@ def _general(key: _Key, dtype: torch.dtype) -> Pattern:
             k: torch.empty(v.shape, dtype=v.dtype or dtype) if isinstance(v, Of) else v
             for k, v in spelling.examples.items()
         }
-    return build(spelling.fn, {**arguments, **spelling.fixed}, numbers)
+    return build(spelling.fn, {**arguments, **dict(fixed)}, numbers)
+
+
+def exact(
+    spelling: Spelling, fixed: Fixed, tensors: Mapping[str, Tensor], numbers: Mapping[str, float | int]
+) -> Pattern:
+    """The spelling traced on given fake tensors and numbers; kept for the next place with equal ones.
+
+    Symbolic sizes are equal if they are written alike: a symbol stands for a size and nothing is read of its value.
+    """
+    shapes = tuple((k, v.dtype, v.device, tuple(map(str, v.shape))) for k, v in tensors.items())
+    key = (_Key(spelling), fixed, shapes, tuple(numbers.items()))
+    if key not in _EXACT:
+        if len(_EXACT) >= EXACT_KEPT:
+            _EXACT.pop(next(iter(_EXACT)))
+        _EXACT[key] = build(spelling.fn, {**tensors, **numbers, **spelling.constants, **dict(fixed)}, {})
+    return _EXACT[key]
+
+
+EXACT_KEPT = 256
+_EXACT: dict[Any, Pattern] = {}
 
 
 def parameters(fn: Callable[..., Any]) -> list[str]:

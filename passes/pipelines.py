@@ -15,17 +15,17 @@ MERGED_INPUTS = (
 )
 
 
-def mathematics(sinkhorn_iters: int) -> tuple[Pass, ...]:
+def mathematics() -> tuple[Pass, ...]:
     """Find the operators that are plain mathematics. Larger patterns first: what they contain must still be whole."""
     return (
         Canonicalize(),
-        fusions.hc_pre(sinkhorn_iters),
+        fusions.HC_PRE,
         fusions.HC_HEAD,
         fusions.HC_POST,
         fusions.RMS_NORM,
         fusions.RMS_NORM_UNIT,
-        fusions.ROPE,
         fusions.ROPE_INVERSE,
+        fusions.ROPE,
         fusions.MOE_EXPERTS,
         fusions.SWIGLU,
         fusions.ROUTE_TOPK,
@@ -33,10 +33,10 @@ def mathematics(sinkhorn_iters: int) -> tuple[Pass, ...]:
     )
 
 
-def fusion(sinkhorn_iters: int) -> tuple[Pass, ...]:
+def fusion() -> tuple[Pass, ...]:
     """The pipeline of every compile: find the operators, merge linears, then fuse operators with their neighbours."""
     return (
-        *mathematics(sinkhorn_iters),
+        *mathematics(),
         MergeLinears(MERGED_INPUTS),
         fusions.RMS_NORM_PAIR,
         fusions.QK_NORM_ROPE_INSERT,

@@ -13,20 +13,17 @@ import hashlib
 import inspect
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import ClassVar
+from types import ModuleType
+from typing import Any, ClassVar
 
 from torch.fx import GraphModule
 
-from atomc.errors import AtomcError
-from atomc.passes.graph import readable
+from atomc.passes.graph import PassError, readable
 from atomc.recipes import Recipe
-
-
-class PassError(AtomcError):
-    """A pass could not do what the pipeline promises; the message names the node and its source line."""
 
 
 @dataclass(frozen=True)
@@ -103,9 +100,29 @@ class Pass:
         return self.name
 
     def fingerprint(self) -> str:
-        """A hash of the pass's source and options."""
-        options = json.dumps({f.name: repr(getattr(self, f.name)) for f in dataclasses.fields(self)}, sort_keys=True)
-        return hashlib.sha256((inspect.getsource(type(self)) + options).encode()).hexdigest()[:12]
+        """A hash of the pass's options and of the source of every module they and the pass come from."""
+        options = {f.name: _stable(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        text = json.dumps([_stable(type(self)), options], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _stable(value: Any) -> Any:
+    """A value as JSON that is the same in every process: code by its module's source, data by its contents."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return [type(value).__qualname__, {f.name: _stable(getattr(value, f.name)) for f in dataclasses.fields(value)}]
+    if callable(value):
+        module = inspect.getmodule(value)
+        return [value.__qualname__, "" if module is None else _source_hash(module)]
+    if isinstance(value, Mapping):
+        return {str(k): _stable(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_stable(v) for v in value]
+    return sorted(map(str, value)) if isinstance(value, frozenset) else repr(value)
+
+
+@cache
+def _source_hash(module: ModuleType) -> str:
+    return hashlib.sha256(inspect.getsource(module).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

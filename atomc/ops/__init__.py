@@ -12,6 +12,7 @@ from atomc.ops import (
     rope,
     router,
 )
+from atomc.ops import cpu as _cpu  # noqa: F401  after the operators it implements
 from atomc.ops.batch import Batch
 from atomc.ops.registry import OPS, Op
 

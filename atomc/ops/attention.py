@@ -8,7 +8,7 @@ from atomc.ops.cache import physical_rows
 from atomc.ops.registry import define
 from atomc.ops.rope import rope
 
-GATHER_ELEMENTS = 1 << 23  # elements of gathered rows the reference holds at once
+GATHER_ELEMENTS = 1 << 18  # elements of gathered rows the reference holds at once: they stay in a core's cache
 
 
 def _window_rows(
@@ -41,12 +41,13 @@ def _compressed_rows(
 
 def _attend(q: torch.Tensor, rows: torch.Tensor, valid: torch.Tensor, sink: torch.Tensor, scale: float) -> torch.Tensor:
     """softmax over rows and the sink, which has no value: q [t, H, d], rows [t, n, d], valid [t, n] -> [t, H, d]."""
-    rows = torch.where(valid[..., None], rows, 0).float()  # a free page may hold NaN, and 0 * NaN is NaN
-    scores = torch.bmm(q.float(), rows.transpose(1, 2)) * scale
-    scores = scores.masked_fill(~valid[:, None, :], float("-inf"))
-    sinks = sink.float()[None, :, None].expand(q.shape[0], -1, 1)
-    weights = torch.softmax(torch.cat((scores, sinks), dim=-1), dim=-1)[..., :-1]
-    return torch.bmm(weights, rows).to(q.dtype)
+    hidden = valid.logical_not()
+    rows = rows.float().masked_fill(hidden.unsqueeze(-1), 0.0)  # a free page may hold NaN, and 0 * NaN is NaN
+    scores = torch.empty((*q.shape[:2], rows.shape[1] + 1), dtype=torch.float32, device=q.device)
+    scores[..., :-1] = torch.bmm(q.float(), rows.transpose(1, 2)).mul_(scale)
+    scores[..., :-1].masked_fill_(hidden.unsqueeze(1), float("-inf"))
+    scores[..., -1] = sink
+    return torch.bmm(torch.softmax(scores, dim=-1)[..., :-1], rows).to(q.dtype)
 
 
 @define(

@@ -14,9 +14,9 @@ def physical_rows(table: torch.Tensor, requests: torch.Tensor, rows: torch.Tenso
 
     Negative rows give row 0, which belongs to the reserved page 0.
     """
-    column = (rows // page) % table.shape[1]
-    flat = table[requests, column].long() * page + rows % page
-    return torch.where(rows < 0, 0, flat)
+    column = torch.div(rows, page, rounding_mode="floor").remainder_(table.shape[1])
+    flat = table[requests, column].long().mul_(page).add_(rows.remainder(page))
+    return flat.masked_fill_(rows < 0, 0)
 
 
 @define(

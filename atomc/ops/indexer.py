@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
 from atomc.ops.cache import physical_rows
@@ -17,13 +19,13 @@ def _topk_fake(q: torch.Tensor, *args: object, **_: object) -> torch.Tensor:
     return q.new_empty((q.shape[0], topk), dtype=torch.int32)
 
 
-def _select(scores: torch.Tensor, visible: torch.Tensor, topk: int) -> torch.Tensor:
+def select(scores: torch.Tensor, visible: torch.Tensor, topk: int) -> torch.Tensor:
     """Row numbers of the `topk` best visible scores; scores [t, n], visible [t] counts -> [t, topk], -1 padded."""
     n = scores.shape[1]
     hidden = torch.arange(n, device=scores.device) >= visible[:, None]
     best = scores.masked_fill(hidden, float("-inf")).topk(min(topk, n), dim=-1).indices
     best = torch.where(best < visible[:, None], best, -1)
-    return torch.nn.functional.pad(best, (0, topk - best.shape[1]), value=-1)
+    return best if best.shape[1] == topk else torch.nn.functional.pad(best, (0, topk - best.shape[1]), value=-1)
 
 
 @define(
@@ -55,7 +57,7 @@ def index_topk(
     flat, page = cache.view(-1, cache.shape[-1]), cache.shape[1]
     bounds = query_start.tolist()
     visible = (positions.long() + 1) // ratio
-    for request, (start, stop) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for request, (start, stop) in enumerate(itertools.pairwise(bounds)):
         n = int(visible[stop - 1]) if stop > start else 0
         if n == 0:
             continue
@@ -65,7 +67,7 @@ def index_topk(
             part = slice(at, min(at + CHUNK, stop))
             dots = torch.relu(q[part].float() @ keys.T)  # [t, Hi, n]
             scores = torch.einsum("thn,th->tn", dots, weights[part].float())
-            out[part] = _select(scores, visible[part], topk).int()
+            out[part] = select(scores, visible[part], topk).int()
     return out
 
 

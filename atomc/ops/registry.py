@@ -6,6 +6,7 @@ Declared with `torch.library.Library` (a `custom_op`'s first call imports dynamo
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
@@ -28,6 +29,7 @@ class Op:
         name: the name below `torch.ops.atom`.
         schema: the torch schema; `Tensor(a!)` marks what it mutates.
         reference: plain torch, the semantics.
+        cpu: what the cpu target runs: the reference, or plain torch that does the same with fewer operations.
         tokens: the name of the argument whose dim 0 counts tokens (or rows of work), for cost formulas and chunking.
         spec: where the mathematics is specified (section of the model specification).
     """
@@ -37,6 +39,7 @@ class Op:
     reference: Reference
     tokens: str
     spec: str
+    cpu: Reference
 
     @property
     def overload(self) -> torch._ops.OpOverload:
@@ -74,7 +77,18 @@ def define(
         LIBRARY.define(schema)
         LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake or reference, lib=LIBRARY)
-        OPS[name] = Op(name, schema, reference, tokens, spec)
+        OPS[name] = Op(name, schema, reference, tokens, spec, reference)
         return reference
+
+    return decorate
+
+
+def implement_cpu(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Make the decorated function the CPU kernel of an operator already defined; it must agree with the reference."""
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        LIBRARY.impl(name, function, "CPU")
+        OPS[name] = dataclasses.replace(OPS[name], cpu=function)
+        return function
 
     return decorate

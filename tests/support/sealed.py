@@ -10,7 +10,6 @@ from typing import Any
 
 import msgspec
 
-from atomc.artifact.manifest import Manifest
 from atomc.artifact.store import MANIFEST, encode, files_of, hash_file, read_manifest
 
 
@@ -33,7 +32,3 @@ def edit(folder: Path, name: str, change: Callable[[Any], None]) -> None:
     (folder / name).write_text(json.dumps(value))
     if name != MANIFEST:
         reseal(folder)
-
-
-def manifest_of(folder: Path) -> Manifest:
-    return read_manifest(folder)

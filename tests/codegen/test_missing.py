@@ -1,0 +1,57 @@
+"""What a target cannot run: counted from the plan, views left out, all in one error."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from atomc.codegen import kernels
+from atomc.codegen.missing import Missing, is_view, missing_kernels, refuse
+from atomc.runtime.loader import read_plan
+from atomc.targets import get_target
+
+
+def test_the_cpu_runs_everything(artifact: Path) -> None:
+    _, regions = read_plan(artifact)
+    assert all(missing_kernels(region, get_target("cpu")) == [] for region in regions.values())
+
+
+@pytest.mark.parametrize("target", ["mi355x", "h100"])
+def test_every_step_that_makes_data_needs_a_kernel(artifact: Path, target: str) -> None:
+    _, regions = read_plan(artifact)
+    for region in regions.values():
+        expected = Counter(step.op for step in region.steps if not is_view(step, region))
+        found = missing_kernels(region, get_target(target))
+        assert {m.op: m.count for m in found} == expected
+        for item in found:
+            assert item.source == next(s.source for s in region.steps if s.op == item.op and not is_view(s, region))
+            assert ".py:" in item.source
+    csa = regions["layer_csa_topk"]
+    assert not any("slice" in m.op or "transpose" in m.op for m in missing_kernels(csa, get_target(target)))
+    # A reshape of a transposed tensor copies, so that one reshape needs a kernel and the others do not.
+    assert [m.count for m in missing_kernels(csa, get_target(target)) if m.op == "aten.reshape.default"] == [1]
+
+
+def test_an_operator_with_a_kernel_is_not_missing(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, regions = read_plan(artifact)
+    monkeypatch.setitem(kernels.KERNELS, "atom.swiglu.default", frozenset({"mi355x"}))
+    region = regions["layer_csa_topk"]
+    assert "atom.swiglu.default" not in {m.op for m in missing_kernels(region, get_target("mi355x"))}
+    assert "atom.swiglu.default" in {m.op for m in missing_kernels(region, get_target("h100"))}
+
+
+def test_the_error_lists_each_operator_once() -> None:
+    missing = [
+        Missing("atom.rope.default", "layer_a", 2, "model.py:1"),
+        Missing("aten.bmm.default", "layer_a", 1, "model.py:2"),
+        Missing("atom.rope.default", "layer_b", 3, "model.py:3"),
+    ]
+    error = refuse(missing, get_target("mi355x"))
+    assert error.missing == (missing[0], missing[2], missing[1])
+    lines = [" ".join(line.split()) for line in error.message.splitlines()]
+    assert lines[0] == "target mi355x: no kernel for 2 operators, so nothing was written:"
+    assert lines[1] == "atom.rope.default 5 in 2 regions, first in layer_a at model.py:1"
+    assert lines[2] == "aten.bmm.default 1 in 1 region, first in layer_a at model.py:2"
+    assert error.exit_code == 6
