@@ -7,7 +7,7 @@ PYTHON  ?= python3
 VENV    ?= .venv
 TORCH   ?= torch==2.13.0
 WORKERS ?= 2
-PROMPT  ?= def fibonacci(n):
+PROMPT  ?= def load_config(path):
 
 BIN     := $(VENV)/bin
 ATOMC   := $(BIN)/atomc
@@ -36,7 +36,7 @@ demo: venv  ## compile a small, trained DeepSeek-V4, explain it, generate text; 
 	@mkdir -p build
 	$(ATOMC) compile deepseek-v4-nano --target cpu -o build/nano.atom
 	$(ATOMC) explain build/nano.atom
-	$(ATOMC) generate build/nano.atom "$(PROMPT)"
+	$(ATOMC) generate build/nano.atom "$(PROMPT)" --max-tokens 120 --temperature 0.9 --top-p 0.95 --seed 3 --stats
 	@echo
 	@echo '# For a GPU target the compiler names every op that has no kernel for it yet:'
 	@echo '$(ATOMC) compile deepseek-v4-nano --target mi355x -o build/nano-mi355x.atom'

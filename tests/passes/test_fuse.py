@@ -86,26 +86,7 @@ def test_a_view_of_an_input_may_be_used_elsewhere() -> None:
 
     gm = traced(fn, randn(TOKENS, 8), randn(TOKENS, 2), randn(TOKENS, 2))
     apply(gm, fusions.ROPE, expected={"fuse_rope": 1})
-    assert operators(gm) == ["aten.slice.Tensor", "aten.sum", "atom.rope"] or "atom.rope" in operators(gm)
-    assert "aten.stack" not in operators(gm)
-
-
-def test_a_match_around_another_operation_is_refused() -> None:
-    """The gate goes through something outside before it meets the up projection: no place for one operator."""
-
-    def fn(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        first, second = x.relu(), None
-        second = y * first.sum()
-        return first * 2, second.sigmoid() * 3
-
-    both = Fuse(
-        "rms_norm_pair",  # any operator with two results
-        (Spelling(lambda q, kv: (q.relu() * 2, kv.sigmoid() * 3), {"q": Of((7, 22)), "kv": Of((7, 22))}),),
-    )
-    gm = traced(fn, randn(TOKENS, 8), randn(TOKENS, 8))
-    found = report(gm, both)
-    assert not found.matches
-    assert "is also used by" in found.refusals[0].reason or "both after and before" in found.refusals[0].reason
+    assert sorted(operators(gm)) == ["aten.slice.Tensor", "aten.sum", "atom.rope"]
 
 
 def test_a_match_that_must_run_before_and_after_a_node_is_refused() -> None:

@@ -109,11 +109,8 @@ ROPE = [
 ]  # fmt: skip
 
 ATTENTION_PROPER = [
-    edit(
-        "no sink", f"{ATTEND}:_attend",
-        ("torch.cat((scores, sinks), dim=-1), dim=-1)[..., :-1]", "scores, dim=-1)"),
-    ),
-    edit("sink scaled", f"{ATTEND}:_attend", ("sink.float()", "(sink.float() * scale)")),
+    edit("no sink", f"{ATTEND}:_attend", ("scores[..., -1] = sink", 'scores[..., -1] = float("-inf")')),
+    edit("sink scaled", f"{ATTEND}:_attend", ("scores[..., -1] = sink", "scores[..., -1] = sink * scale")),
     edit("no per-head q norm", f"{ATTENTION}:Attention.forward",
          ("unit_rms(self.wq_b(qn).unflatten(-1, (self.heads, self.head_dim)), self.eps)",
           "self.wq_b(qn).unflatten(-1, (self.heads, self.head_dim))")),
@@ -209,7 +206,7 @@ STATE = [
          ("if self.compressor is not None:", "if False:"), ("return self.output(", COMPRESS_LATE), scenario=CUT),
     edit("window rows one place off", f"{ATTEND}:_window_rows",
          ("window.view(-1, window.shape[-1])[flat]", "window.view(-1, window.shape[-1])[flat - 1]"), scenario=CUT),
-    edit("window ring one page short", f"{CACHE}:physical_rows", ("% table.shape[1]", "% max(table.shape[1] - 2, 1)"),
+    edit("window ring one page short", f"{CACHE}:physical_rows", ("remainder_(table.shape[1])", "remainder_(max(table.shape[1] - 2, 1))"),
          scenario=CUT),
     edit("positions counted from the step's start", "model:Prologue.angles",
          ("plain=angles(batch.positions,", "plain=angles(batch.positions - batch.positions[0],"), scenario=CUT),
