@@ -29,7 +29,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--gpu", action="store_true", help="run the tests marked gpu")
 
 
+# Modules whose every test captures or compiles a model, or asks transformers: `make check` leaves them to `make test`.
+SLOW_MODULES = frozenset(
+    {
+        "artifact/test_check.py", "artifact/test_damage.py", "models/test_model.py", "models/test_mtp.py",
+        "models/test_mutations.py", "models/test_nano_dense.py", "models/test_nano_training.py",
+        "passes/test_fusions.py", "passes/test_promises.py", "runtime/test_evaluate.py", "runtime/test_executor.py",
+        "codegen/test_missing.py", "test_bad_input.py", "test_capture.py", "test_cli.py", "test_compiler.py",
+        "test_dynamo.py", "test_dynamo_transformers.py",
+    }
+)  # fmt: skip
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    tests = Path(__file__).parent
+    for item in items:
+        if item.path.is_relative_to(tests) and item.path.relative_to(tests).as_posix() in SLOW_MODULES:
+            item.add_marker(pytest.mark.slow)
     if config.getoption("--gpu"):
         return
     skip = pytest.mark.skip(reason="needs a GPU: run with --gpu")

@@ -264,7 +264,7 @@ def test_one_changed_flag_changes_only_what_it_should(
     assert MANIFEST in found
     assert found <= may_differ | {MANIFEST, "report.md"}
     same = differing_facts(tmp_path / "a.atom", tmp_path / "b.atom")
-    assert same <= {"dtype", "limits", "serving", "with_weights", "recipes", "files"}
+    assert same <= {"dtype", "limits", "serving", "with_weights", "recipes", "files", "seal"}
 
 
 def differing_facts(a: Path, b: Path) -> set[str]:

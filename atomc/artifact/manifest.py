@@ -76,6 +76,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         passes: region -> fingerprints of the passes that ran, in order.
         recipes: region -> weight name in the region -> recipe with `{prefix}`.
         files: path below the artifact -> hash and size of every other file.
+        seal: sha256 of this file as it is with an empty seal, for nothing else holds its hash.
     """
 
     schema: int
@@ -90,3 +91,4 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     passes: dict[str, list[str]]
     recipes: dict[str, dict[str, Recipe]]
     files: dict[str, FileEntry]
+    seal: str = ""

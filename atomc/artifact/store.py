@@ -200,9 +200,15 @@ def _replace(beside: Path, target: Path) -> None:
 
 def write_manifest(folder: Path, build: Callable[[dict[str, FileEntry]], Manifest]) -> Manifest:
     """Hash every file written so far and write the manifest that lists them."""
-    manifest = build({name: hash_file(folder / name) for name in files_of(folder)})
+    manifest = sealed(build({name: hash_file(folder / name) for name in files_of(folder)}))
     (folder / MANIFEST).write_bytes(encode(manifest))
     return manifest
+
+
+def sealed(manifest: Manifest) -> Manifest:
+    """The manifest with the seal that it must have."""
+    blank = msgspec.structs.replace(manifest, seal="")
+    return msgspec.structs.replace(manifest, seal=hashlib.sha256(encode(blank)).hexdigest())
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
@@ -222,7 +228,10 @@ def read_manifest(folder: Path) -> Manifest:
     schema = decode(data, _Schema, str(path)).schema  # first: the rest may differ in another schema
     if schema != SCHEMA_VERSION:
         raise ArtifactError(f"{path} has schema {schema}; this atomc reads {SCHEMA_VERSION}. Compile it again.")
-    return decode(data, Manifest, str(path))
+    manifest = decode(data, Manifest, str(path))
+    if data != encode(sealed(manifest)):
+        raise ArtifactError(f"{path} is damaged: it is not as it was written. Compile or copy the artifact again.")
+    return manifest
 
 
 class _Schema(msgspec.Struct):

@@ -58,7 +58,8 @@ def inspect_command(
 
 
 def open_artifact(folder: Path) -> Opened:
-    """Read manifest and plan, check the hash of every file. Raises `ArtifactError`."""
+    """Read manifest and plan, check the hash of every file and what the plan claims. Raises `ArtifactError`."""
+    from atomc.artifact.check import check_program
     from atomc.artifact.store import artifact_hash, read_manifest, verify
     from atomc.cli.console import stages
     from atomc.runtime.loader import read_plan
@@ -68,6 +69,7 @@ def open_artifact(folder: Path) -> Opened:
         done = iter(range(len(manifest.files)))
         verify(folder, manifest, lambda name: progress(f"check {name}", next(done), len(manifest.files)))
     program, regions = read_plan(folder)
+    check_program(str(folder), manifest, program, regions)
     in_order = {call.region: regions[call.region] for call in program.calls}
     return Opened(folder, artifact_hash(folder), manifest, program, in_order)
 

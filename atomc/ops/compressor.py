@@ -1,4 +1,4 @@
-"""The compressors of CSA and HCA (spec 2.5, 2.6): partial state, pooling, and pool + norm + RoPE + store as one."""
+"""The compressors of CSA and HCA: partial state, window pooling, fused pool + norm + RoPE + store (spec 2.5, 2.6)."""
 
 from __future__ import annotations
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from atomc.artifact.store import MANIFEST, encode, files_of, hash_file, read_manifest
+from atomc.artifact.manifest import Manifest
+from atomc.artifact.store import MANIFEST, encode, files_of, hash_file, read_manifest, sealed
 
 
 def copy_of(artifact: Path, folder: Path) -> Path:
@@ -22,13 +24,17 @@ def reseal(folder: Path) -> None:
     """Write the hashes of the files as they are now into the manifest."""
     manifest = read_manifest(folder)
     files = {name: hash_file(folder / name) for name in files_of(folder)}
-    (folder / MANIFEST).write_bytes(encode(msgspec.structs.replace(manifest, files=files)))
+    (folder / MANIFEST).write_bytes(encode(sealed(msgspec.structs.replace(manifest, files=files))))
 
 
 def edit(folder: Path, name: str, change: Callable[[Any], None]) -> None:
-    """Change a JSON file of the artifact and reseal it. For the manifest itself nothing else is updated."""
+    """Change a JSON file of the artifact and reseal it. In the manifest only the seal follows, if it is still one."""
     value = json.loads((folder / name).read_bytes())
     change(value)
     (folder / name).write_text(json.dumps(value))
     if name != MANIFEST:
         reseal(folder)
+        return
+    with suppress(msgspec.ValidationError):
+        manifest = msgspec.convert(value, Manifest)
+        (folder / MANIFEST).write_bytes(encode(sealed(manifest)))
