@@ -6,14 +6,15 @@ import hashlib
 import platform
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast, get_args
 
 import msgspec
 import safetensors
 import torch
-from safetensors.torch import save_file
 
 import atomc
 from atomc.artifact.check import check_program
@@ -25,16 +26,18 @@ from atomc.codegen.lower import Lowering
 from atomc.codegen.missing import missing_kernels, refuse
 from atomc.errors import AtomcError
 from atomc.models.deepseek_v4.config import DeepseekV4Config
-from atomc.models.deepseek_v4.promises import promised_matches
+from atomc.models.deepseek_v4.promises import Rounded, promised_matches
+from atomc.models.deepseek_v4.state import fnuz_rows, row_layouts
 from atomc.models.source import ModelSource, open_model
+from atomc.pack import Packed, Packing, weights_of
 from atomc.passes import pipelines
 from atomc.passes.graph import location
-from atomc.passes.runner import Context, Row, run_pipeline
-from atomc.recipes import Recipe, evaluate, instantiate
-from atomc.report import Explanation, explanation_of, write_report
+from atomc.passes.runner import Context, Pass, Row, run_pipeline
+from atomc.passes.scheme import IndexRows, Rows, Scheme, get_scheme
+from atomc.recipes import Choice, Method, Recipe, instantiate, output_spec
+from atomc.report import Explanation, Layouts, explanation_of, layouts_of, write_report
 from atomc.targets import Target, get_target
 
-SHARD_BYTES = 512 << 20
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 Progress = Callable[[str, int, int], None]  # stage, done, total
@@ -50,11 +53,17 @@ class Options:
 
     Attributes:
         dtype: compute dtype, `float32` or `bfloat16`. max_context: 0 takes the model's, at most 8192.
+        scheme: quantisation scheme, a name or a .json file. rows, index_rows: how caches are stored; empty: by the
+            scheme. scales: how scales are chosen where weights are quantised, `amax` or `mse`.
         with_weights: pack the checkpoint's weights. dump_ir: folder for the graph after each pass.
         stop_after: label of the pass to stop after; nothing is written then.
     """
 
     dtype: str = "float32"
+    scheme: str = "native"
+    rows: str = ""
+    index_rows: str = ""
+    scales: str = "amax"
     max_context: int = 0
     max_batch_tokens: int = 512
     max_requests: int = 32
@@ -66,16 +75,18 @@ class Options:
 
 @dataclass
 class Result:
-    """What a compile did. `hash` is None if nothing was written."""
+    """What a compile did. `hash` is None if nothing was written, `packed` if no weights were."""
 
     output: Path | None
     hash: str | None
     model: str
     target: Target
     explanation: Explanation
+    layouts: Layouts
     program: ProgramPlan | None = None
     regions: dict[str, RegionPlan] = field(default_factory=dict)
     bytes: int = 0
+    packed: Packed | None = None
 
 
 @dataclass
@@ -85,6 +96,22 @@ class Compiled:
     region: Region
     ctx: Context
     rows: list[Row]
+
+
+@dataclass(frozen=True)
+class Quantisation:
+    """What the options ask of the passes: the scheme with its caches, their row layouts by state field, and those of
+    index queries."""
+
+    scheme: Scheme
+    target: Target
+    rows: dict[str, str]
+    index_query: str
+    method: Method
+
+    def pipeline(self) -> tuple[Pass, ...]:
+        """The passes of this compile."""
+        return pipelines.compilation(self.scheme, self.target, self.rows, self.index_query)
 
 
 def compile_model(
@@ -102,37 +129,41 @@ def compile_model(
         check_output(output)
     source = open_model(model, with_weights=options.with_weights)
     limits = check_limits(options, source.config)
-    check_stop(options.stop_after)
+    quantisation = check_scheme(options, source.config, target)
+    check_stop(options.stop_after, quantisation)
     serving = serving_facts(source, limits)
     program = trace(source.config, serving, options, progress)
-    compiled = [fuse(source, program, region, options, progress) for region in program.regions]
+    compiled = [fuse(source, program, region, quantisation, options, progress) for region in program.regions]
     explanation = explanation_of({c.region.name: c.rows for c in compiled})
+    layouts = layouts_of({c.region.name: c.ctx.decisions for c in compiled}, Counter(c.region for c in program.calls))
     if options.stop_after is not None:
-        return Result(None, None, source.name, target, explanation)
+        return Result(None, None, source.name, target, explanation, layouts)
     regions = {c.region.name: lower(c, serving) for c in compiled}
     if missing := [m for region in regions.values() for m in missing_kernels(region, target)]:
         raise refuse(missing, target)
-    plan = link(program, regions, serving)
-    with writing(output) as folder:
+    plan = link(program, compiled, regions, serving)
+    with Packing(output) as packing, writing(output) as folder:
         recipes = {c.region.name: named_recipes(c) for c in compiled}
-        if options.with_weights:
-            pack_weights(source, program, recipes, folder / "weights", progress)
+        packed = pack_weights(source, program, recipes, packing, folder / "weights", progress)
         write_plan(folder / "plan", plan, regions)
         write_graphs(folder / "graph", compiled)
         copy_model_files(source, folder)
         (folder / "explain.json").write_bytes(encode(explanation))
-        write_report(folder / "report.md", source.name, target, explanation, plan, regions)
+        (folder / "layouts.json").write_bytes(encode(layouts))
+        write_report(folder / "report.md", source.name, target, explanation, layouts, plan, regions)
         manifest = write_manifest(
             folder,
             lambda files: Manifest(
                 schema=SCHEMA_VERSION, model=source.name, config_sha256=config_hash(source.config), target=target.name,
-                dtype=options.dtype, with_weights=options.with_weights, limits=limits, serving=serving, tools=tools(),
+                dtype=options.dtype, scheme=msgspec.to_builtins(quantisation.scheme), scales=options.scales,
+                with_weights=options.with_weights, limits=limits, serving=serving, tools=tools(),
                 passes={c.region.name: [r.fingerprint for r in c.rows] for c in compiled}, recipes=recipes, files=files,
             ),
+            {f"weights/{name}": entry for name, entry in packed.files.items()} if packed else None,
         )  # fmt: skip
         check_program(str(output), manifest, plan, regions)
     size = sum(f.stat().st_size for f in output.rglob("*") if f.is_file())
-    return Result(output, artifact_hash(output), source.name, target, explanation, plan, regions, size)
+    return Result(output, artifact_hash(output), source.name, target, explanation, layouts, plan, regions, size, packed)
 
 
 def check_limits(options: Options, config: DeepseekV4Config) -> Limits:
@@ -159,9 +190,31 @@ def check_limits(options: Options, config: DeepseekV4Config) -> Limits:
     )  # fmt: skip
 
 
-def check_stop(label: str | None) -> None:
+def check_scheme(options: Options, config: DeepseekV4Config, target: Target) -> Quantisation:
+    """The scheme as chosen, with the caches as chosen, or an error that names the flag and what is legal."""
+    scheme = get_scheme(options.scheme)
+    for flag, value, legal in (
+        ("--cache-rows", options.rows, get_args(Rows)),
+        ("--index-rows", options.index_rows, get_args(IndexRows)),
+        ("--scales", options.scales, get_args(Method)),
+    ):
+        if value and value not in legal:
+            raise CompileError(f"{flag} {value} is unknown; choose one of {', '.join(legal)}.")
+    scheme = msgspec.structs.replace(
+        scheme, rows=cast(Rows, options.rows or scheme.rows),
+        index_rows=cast(IndexRows, options.index_rows or scheme.index_rows),
+    )  # fmt: skip
+    try:
+        rows, query = row_layouts(config, scheme.rows, scheme.index_rows, options.dtype)
+    except ValueError as error:
+        raise CompileError(f"--index-rows {scheme.index_rows}: {error}.") from error
+    rows = {name: fnuz_rows(text) if target.fp8 == "fnuz" else text for name, text in rows.items()}
+    return Quantisation(scheme, target, rows, query, cast(Method, options.scales))
+
+
+def check_stop(label: str | None, quantisation: Quantisation) -> None:
     """Whether there is a pass to stop after."""
-    labels = [step.label for step in pipelines.fusion()]
+    labels = [step.label for step in quantisation.pipeline()]
     if label is not None and label not in labels:
         raise CompileError(f"--stop-after {label}: no such pass; choose one of {', '.join(labels)}.")
 
@@ -194,19 +247,50 @@ def trace(config: DeepseekV4Config, serving: Serving, options: Options, progress
     return capture(config, DTYPES[options.dtype], tables, on_region)
 
 
-def fuse(source: ModelSource, program: Program, region: Region, options: Options, progress: Progress) -> Compiled:
+def fuse(
+    source: ModelSource,
+    program: Program,
+    region: Region,
+    quantisation: Quantisation,
+    options: Options,
+    progress: Progress,
+) -> Compiled:
     """Run the passes on one region; a miss of a promised match is an error."""
     progress(f"passes {region.name}", program.regions.index(region) + 1, len(program.regions))
     prefixes = [c.prefix for c in program.calls if c.region == region.name]
     weights = {i.placeholder: i.name for i in region.inputs if i.role == "weight"}
     ctx = Context(
         region.name,
-        expected=promised_matches(source.config, region.name),
+        expected=promised_matches(source.config, region.name, rounded(source, prefixes, quantisation)),
         weights={p: source.recipe(prefixes, path, options.dtype) for p, path in weights.items()},
         module_paths=dict(weights),
+        states={i.placeholder: i.name for i in region.inputs if i.role == "state"},
+        dtype=DTYPES[options.dtype],
+        spec_of=lambda recipe: output_spec(instantiate(recipe, prefixes[0]), source.spec),
+        choice=Choice(quantisation.method),
     )
     dump = options.dump_ir / region.name if options.dump_ir is not None else None
-    return Compiled(region, ctx, run_pipeline(pipelines.fusion(), region.gm, ctx, dump, options.stop_after))
+    return Compiled(region, ctx, run_pipeline(quantisation.pipeline(), region.gm, ctx, dump, options.stop_after))
+
+
+def rounded(source: ModelSource, prefixes: list[str], quantisation: Quantisation) -> Rounded:
+    """Which products and caches the scheme quantises, for what the model promises of them."""
+    prefix = prefixes[0]
+    if not prefix:  # the prologue and the head have neither
+        return Rounded()
+
+    def activation(op: str, parameter: str) -> str | None:
+        found = quantisation.scheme.rule(op, (parameter.removesuffix(".weight"),))
+        if found is None or found[1].weight == "bfloat16":
+            return None
+        plain = found[1].weight == "stored" and source.storage(prefix, parameter) == "plain"
+        return None if plain else found[1].activation
+
+    return Rounded(
+        linear=activation("linear", "attn.wq_b.weight"), grouped=activation("grouped_output", "attn.wo_a.weight"),
+        experts=activation("experts", "ffn.experts.w13"), rows=bool(quantisation.rows.get("window")),
+        index_rows=bool(quantisation.rows.get("index_rows")), scaled=quantisation.target.is_gpu,
+    )  # fmt: skip
 
 
 def lower(compiled: Compiled, serving: Serving) -> RegionPlan:
@@ -218,15 +302,21 @@ def lower(compiled: Compiled, serving: Serving) -> RegionPlan:
     return Lowering(region.name, region.gm, inputs, region.outputs, region.symbols, serving.bounds(), location).run()
 
 
-def link(program: Program, regions: dict[str, RegionPlan], serving: Serving) -> ProgramPlan:
+def link(program: Program, compiled: list[Compiled], regions: dict[str, RegionPlan], serving: Serving) -> ProgramPlan:
     """The program's plan: calls, state, and the memory of values and arenas at the largest step."""
     from atomc.codegen.memory import program_values_bytes
 
     largest = serving.bounds()
     calls = [CallPlan(c.region, c.prefix, _used(c.binds, regions[c.region])) for c in program.calls]
+    changed = {c.region.name: c.ctx.state_specs for c in compiled}
     states = {
-        prefix: [StateTensor(s.name, s.pool, list(s.shape), s.dtype) for s in specs]
-        for prefix, specs in program.states.items()
+        call.prefix: [
+            StateTensor(s.name, s.pool, list(shape), dtype)
+            for s in program.states[call.prefix]
+            for shape, dtype in [changed[call.region].get(s.name, (s.shape, s.dtype))]
+        ]
+        for call in program.calls
+        if call.prefix in program.states
     }
     arena = max(r.arena_bytes for r in regions.values())
     return ProgramPlan(calls, largest, states, program_values_bytes(calls, regions, largest), arena)
@@ -245,29 +335,18 @@ def named_recipes(compiled: Compiled) -> dict[str, Recipe]:
 
 
 def pack_weights(
-    source: ModelSource, program: Program, recipes: dict[str, dict[str, Recipe]], folder: Path, progress: Progress
-) -> None:
-    """Evaluate every recipe of every call, streaming, into safetensors shards."""
-    folder.mkdir()
-    total = sum(len(recipes[c.region]) for c in program.calls)
-    shard: dict[str, torch.Tensor] = {}
-    held, shards = 0, 0
-    for done, (name, tensor) in enumerate(_evaluated(source, program, recipes), start=1):
-        progress("pack weights", done, total)
-        shard[name] = tensor
-        held += tensor.nbytes
-        if held >= SHARD_BYTES or done == total:
-            shards += 1
-            save_file(shard, folder / f"{shards:05d}.safetensors")
-            shard, held = {}, 0
-
-
-def _evaluated(
-    source: ModelSource, program: Program, recipes: dict[str, dict[str, Recipe]]
-) -> Iterator[tuple[str, torch.Tensor]]:
-    for call in program.calls:
-        for name, recipe in recipes[call.region].items():
-            yield call.prefix + name, evaluate(instantiate(recipe, call.prefix), source.load).contiguous()
+    source: ModelSource,
+    program: Program,
+    recipes: dict[str, dict[str, Recipe]],
+    packing: Packing,
+    folder: Path,
+    progress: Progress,
+) -> Packed | None:
+    """Every recipe of every call, streaming, into safetensors shards; None if the source has no weights."""
+    if source.reader is None:
+        return None
+    calls = [(c.region, c.prefix) for c in program.calls]
+    return packing.pack(source.reader, weights_of(calls, recipes, source.reader.spec), folder, progress)
 
 
 def write_plan(folder: Path, plan: ProgramPlan, regions: dict[str, RegionPlan]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from atomc.artifact import facts
 from atomc.artifact.facts import bytes_text
 from atomc.artifact.plan import ProgramPlan, RegionPlan
 from atomc.artifact.store import decode
-from atomc.passes.runner import Row
+from atomc.passes.runner import Decision, Row
 from atomc.targets import Target
 
 
@@ -41,6 +42,55 @@ class PassRow(msgspec.Struct, frozen=True):
 
 
 Explanation = dict[str, list[PassRow]]
+
+
+class LayoutRow(msgspec.Struct, frozen=True):
+    """How one weight, activation or cache of a region is stored; see `atomc.passes.runner.Decision`.
+
+    `uses`: calls of the region in a step, so how many such tensors the model has.
+    """
+
+    kind: str
+    name: str
+    shape: list[int | str]
+    layout: str
+    bytes: int
+    stored: str
+    origin: str
+    lowering: str
+    by: str
+    where: str
+    uses: int
+
+
+Layouts = dict[str, list[LayoutRow]]
+
+
+def layouts_of(decisions: Mapping[str, Sequence[Decision]], uses: Mapping[str, int]) -> Layouts:
+    """The layout tables of all regions; `uses` counts each region's calls."""
+    return {
+        region: [LayoutRow(**vars(d), uses=uses[region]) for d in sorted(table, key=lambda d: ORDER.index(d.kind))]
+        for region, table in decisions.items()
+    }
+
+
+ORDER = ("weight", "activation", "cache")
+
+
+def read_layouts(folder: Path) -> Layouts:
+    """The layout tables of an artifact. Raises `ArtifactError` when the file is no such thing."""
+    path = folder / "layouts.json"
+    return decode(path.read_bytes(), Layouts, str(path))
+
+
+def weight_bytes(layouts: Layouts) -> dict[str, int]:
+    """Layout -> bytes of all weights stored in it, over the whole model; the largest first."""
+    total: Counter[str] = Counter()
+    for rows in layouts.values():
+        for row in rows:
+            if row.kind == "weight":
+                total[row.layout] += row.bytes * row.uses
+    return dict(total.most_common())
 
 
 def explanation_of(rows: Mapping[str, list[Row]]) -> Explanation:
@@ -95,13 +145,15 @@ def write_report(
     model: str,
     target: Target,
     explanation: Explanation,
+    layouts: Layouts,
     program: ProgramPlan,
     regions: dict[str, RegionPlan],
 ) -> None:
-    """`report.md`: regions and calls, passes and refusals, operators, memory."""
+    """`report.md`: regions and calls, memory, layouts, passes and refusals, operators."""
     lines = [f"# {model} for {target.name}"]
     lines += ["", "## Regions", "", *_regions(explanation, program, regions)]
     lines += ["", "## Memory", "", *_memory(program, regions)]
+    lines += ["", "## Layouts", "", *_layouts(layouts)]
     lines += ["", "## Matches of each pass", "", "Found/promised, where the model promises some.", ""]
     lines += _table(["pass", *explanation], table_rows(explanation))
     if refusals := list(_refusals(explanation)):
@@ -135,6 +187,17 @@ def _memory(program: ProgramPlan, regions: dict[str, RegionPlan]) -> list[str]:
         for t in tensors
     ]
     return [*_table(["what", "bytes", ""], rows), "", *_table(["layer", "state tensor", "shape", "dtype"], state)]
+
+
+def _layouts(layouts: Layouts) -> list[str]:
+    total = [[layout, bytes_text(size), f"{size:,}"] for layout, size in weight_bytes(layouts).items()]
+    rows = [
+        [region, row.kind, row.name, row.layout, bytes_text(row.bytes), row.stored, row.origin, row.lowering, row.by]
+        for region, table in layouts.items()
+        for row in table
+    ]
+    head = ["region", "kind", "name", "layout", "bytes", "before", "how", "on the target", "who decided"]
+    return [*_table(["weights in", "size", "bytes"], total), "", *_table(head, rows)]
 
 
 def _refusals(explanation: Explanation) -> Iterator[list[str]]:

@@ -30,8 +30,9 @@ class Value:
 
 
 def finish(
-    region: str, inputs: list[RegionInput], outputs: dict[str, int], values: list[Value], steps: list[Step]
-) -> RegionPlan:
+    region: str, inputs: list[RegionInput], outputs: dict[str, int], values: list[Value], prepare: list[Step],
+    steps: list[Step],
+) -> RegionPlan:  # fmt: skip
     """The region's plan from its slots and steps; outputs must not own an input's storage other than a value's."""
     kept = {values[slot].owner for slot in outputs.values()}
     values = [replace(v, role="value") if v.owner in kept and v.role == "temporary" else v for v in values]
@@ -62,11 +63,11 @@ def finish(
         if info.role == "temporary":
             released.setdefault(info.last, []).append(slot)
     final = [msgspec.structs.replace(step, release=released.get(at, [])) for at, step in enumerate(steps)]
-    return RegionPlan(region, inputs, outputs, slots, final, arena)
+    return RegionPlan(region, inputs, outputs, slots, prepare, final, arena)
 
 
 def _definitions(values: list[Value], steps: list[Step]) -> list[int]:
-    """The step that defines each slot; -1 for inputs."""
+    """The step that defines each slot; -1 for inputs and for what is prepared from weights."""
     first = [-1] * len(values)
     for at, step in enumerate(steps):
         for slot in step.outputs:

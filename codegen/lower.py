@@ -2,6 +2,7 @@
 
 Pseudo-code:
     for node in graph: placeholders become inputs; sizes become expressions; calls become steps; getitem names a result
+        a call that reads weights only prepares the region: it runs once, when the artifact is loaded
         each call also runs on meta tensors of example sizes: whose storage a result has is observed, not assumed
     outputs that are not contiguous get a step that makes them so
     slots get lifetimes, releases and offsets (codegen.liveness)
@@ -55,6 +56,7 @@ class Lowering:
     ids: dict[Node, int] = field(default_factory=dict)
     values: list[Value] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
+    prepare: list[Step] = field(default_factory=list)
     _trial: list[Tensor] = field(default_factory=list)  # by slot
     _owners: dict[int, int] = field(default_factory=dict)  # storage -> slot
 
@@ -74,7 +76,7 @@ class Lowering:
         if any(not isinstance(leaf, Node) or leaf not in self.ids for leaf in leaves):
             raise self._error(result, "an output is not a tensor")
         outputs = {name: self._output(leaf) for name, leaf in zip(self.outputs, leaves, strict=True)}
-        return finish(self.region, bound, outputs, self.values, self.steps)
+        return finish(self.region, bound, outputs, self.values, self.prepare, self.steps)
 
     def _error(self, node: Node, what: str) -> LoweringError:
         return LoweringError(f"{self.region}: {node.name} ({self.where(node)}): {what}.")
@@ -95,7 +97,17 @@ class Lowering:
         args = [self._argument(a, node) for a in node.args]
         kwargs = {k: self._argument(v, node) for k, v in node.kwargs.items() if k not in PLACEMENT}
         trial = self._try(node, args, kwargs)
-        self.steps.append(Step(_qualified(node.target), args, kwargs, self._results(node, trial), [], self.where(node)))
+        role: Role = "prepared" if self._is_prepared(node) else "temporary"
+        results = self._results(node, trial, role)
+        steps = self.prepare if role == "prepared" else self.steps
+        steps.append(Step(_qualified(node.target), args, kwargs, results, [], self.where(node)))
+
+    def _is_prepared(self, node: Node) -> bool:
+        """Whether a call reads weights only, so that it runs once; what a region returns is made anew each time."""
+        read = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
+        constant = bool(read) and len(read) == len(node.all_input_nodes) and not node.is_impure()
+        returned = any(user.op == "output" for user in node.users)
+        return constant and not returned and all(self.values[self.ids[n]].role in ("weight", "prepared") for n in read)
 
     def _try(self, node: Node, args: list[Arg], kwargs: dict[str, Arg]) -> Any:
         """The call on meta tensors of the example sizes."""
@@ -121,11 +133,11 @@ class Lowering:
                 return [self._concrete(a) for a in arg]
         return arg
 
-    def _results(self, node: Node, trial: Any) -> list[int | None]:
+    def _results(self, node: Node, trial: Any, role: Role) -> list[int | None]:
         """A slot for each result, also for one that nobody reads: it takes memory while the step runs."""
         value = node.meta.get("val")
         if isinstance(trial, Tensor):
-            self.ids[node] = self._slot(node.name, "temporary", value, trial, node)
+            self.ids[node] = self._slot(node.name, role, value, trial, node)
             return [self.ids[node]]
         if trial is None:
             return []
@@ -140,7 +152,7 @@ class Lowering:
         for index, (part, tensor) in enumerate(zip(value, trial, strict=True)):
             named = readers.get(index, [])
             name = named[0].name if named else f"{node.name}_{index}"
-            slot = self._slot(name, "temporary", part, tensor, node)
+            slot = self._slot(name, role, part, tensor, node)
             self.ids.update(dict.fromkeys(named, slot))
             results.append(slot)
         return results

@@ -36,7 +36,7 @@ def missing_kernels(plan: RegionPlan, target: Target) -> list[Missing]:
     """Operators of the region that the target cannot run. Views need no kernel; the cpu target runs every reference."""
     if target.name == "cpu":
         return []
-    steps = [s for s in plan.steps if not is_view(s, plan) and not has_kernel(s.op, target)]
+    steps = [s for s in (*plan.prepare, *plan.steps) if not is_view(s, plan) and not has_kernel(s.op, target)]
     first = {step.op: step.source for step in reversed(steps)}
     return [Missing(op, plan.name, count, first[op]) for op, count in Counter(s.op for s in steps).items()]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import cast
 
@@ -12,10 +13,10 @@ from atomc.errors import AtomcError, CheckpointError
 from atomc.models.bundled import bundled_names, bundled_path
 from atomc.models.deepseek_v4.config import DeepseekV4Config, load_config
 from atomc.models.deepseek_v4.reader import CheckpointReader
-from atomc.models.deepseek_v4.schema import Storage
+from atomc.models.deepseek_v4.schema import Storage, expected_tensors
 from atomc.models.deepseek_v4.validate import validate
 from atomc.models.deepseek_v4.weights import ComputeDType, checkpoint_storage, official_storage, weight_recipe
-from atomc.recipes import Recipe
+from atomc.recipes import Recipe, TensorSpec
 
 
 class ModelError(AtomcError):
@@ -39,13 +40,20 @@ class ModelSource:
         Raises:
             CheckpointError: the blocks store it in different formats, so that no one recipe serves them.
         """
-        stored = {self._storage(prefix, parameter) for prefix in prefixes}
+        stored = {self.storage(prefix, parameter) for prefix in prefixes}
         if len(stored) > 1:
             problem = f"{parameter} is stored as {' and '.join(sorted(stored))} in different layers of one kind"
             raise CheckpointError(str(self.folder), [problem])
         return weight_recipe(self.config, parameter, cast(ComputeDType, dtype), stored=stored.pop())
 
-    def _storage(self, prefix: str, parameter: str) -> Storage:
+    def spec(self, name: str) -> TensorSpec:
+        """Shape and dtype of a checkpoint tensor: as it is stored, or as a release stores it where there is none."""
+        if self.reader is not None:
+            return self.reader.spec(name)
+        return _released(self.config)[name]
+
+    def storage(self, prefix: str, parameter: str) -> Storage:
+        """How a parameter of the block `prefix` is stored."""
         if self.reader is None:
             return official_storage(self.config, parameter)
         return checkpoint_storage(self.reader, prefix, parameter)
@@ -55,6 +63,11 @@ class ModelSource:
         if self.reader is None:
             raise ModelError(f"{self.name} has no weights to load {name} from.")
         return self.reader.load(name)
+
+
+@lru_cache(maxsize=4)
+def _released(config: DeepseekV4Config) -> dict[str, TensorSpec]:
+    return expected_tensors(config)
 
 
 def open_model(model: str, with_weights: bool) -> ModelSource:

@@ -253,7 +253,8 @@ def replace(
     known |= binding.numbers | spelling.constants | dict(fixed)
     if spelling.adapt is not None:
         known = spelling.adapt(emit, known)
-    fused = emit.call(OPS[op].overload, *(known[name] for name in parameters(OPS[op].reference)))
+    overload = OPS[op].overload
+    fused = emit.call(overload, *_given(overload, [known[name] for name in parameters(OPS[op].reference)]))
     fused.meta["fused_from"] = sorted({location(n) for n in inside})
     for index, old in enumerate([binding.nodes[p] for p in pattern.outputs]):
         new = fused
@@ -266,6 +267,16 @@ def replace(
     remove_dead(gm)
     if stuck := reorder(gm.graph, _edges_after(gm, before, set(inside), fused)):
         raise PassError(f"fusing {op} at {location(like)} left a cycle through {stuck.name}")
+
+
+def _given(overload: torch._ops.OpOverload, arguments: list[Any]) -> list[Any]:
+    """Arguments without trailing defaults, as canonical calls are."""
+    while arguments and not isinstance(arguments[-1], Node):
+        schema = overload._schema.arguments[len(arguments) - 1]
+        if not schema.has_default_value() or schema.default_value != arguments[-1]:
+            break
+        arguments.pop()
+    return arguments
 
 
 def _take_over(op: str, old: Node, new: Node) -> None:

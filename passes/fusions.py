@@ -213,9 +213,13 @@ def _parts(emit: Emitter, known: dict[str, Any]) -> dict[str, Any]:
 
 def _qk_norm_rope_insert(
     q: Tensor, kv: Tensor, cos: Tensor, sin: Tensor, eps: float, cache: Tensor, table: Tensor, requests: Tensor,
-    positions: Tensor,
+    positions: Tensor, rows: str,
 ) -> Tensor:  # fmt: skip
-    atom.cache_insert(cache, atom.rope(kv, cos, sin, False), table, requests, positions)
+    row = atom.rope(kv, cos, sin, False)
+    if rows:
+        atom.packed_insert(cache, atom.pack_rows(row, rows), table, requests, positions, rows)
+    else:
+        atom.cache_insert(cache, row, table, requests, positions)
     out: Tensor = atom.rope(atom.rms_norm(q, None, eps), cos.unsqueeze(-2), sin.unsqueeze(-2), False)
     return out
 
@@ -223,29 +227,39 @@ def _qk_norm_rope_insert(
 def _compressor(
     kv: Tensor, gate: Tensor, ape: Tensor, state: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor,
     cache: Tensor, table: Tensor, ends: Tensor, positions: Tensor, requests: Tensor, query_start: Tensor,
-    slots: Tensor, ratio: int, overlap: bool,
+    slots: Tensor, ratio: int, overlap: bool, dtype: torch.dtype, rotate: bool, rows: str,
 ) -> None:  # fmt: skip
     pooled = atom.compressor_pool(kv, gate, ape, state, ends, positions, requests, query_start, slots, overlap)
-    row = atom.rope(atom.rms_norm(pooled.to(cache.dtype), weight, eps), cos, sin, False)
-    atom.compressed_insert(cache, row, table, ends, positions, requests, ratio)
+    row = atom.rope(atom.rms_norm(pooled.to(dtype), weight, eps), cos, sin, False)
+    if rotate:
+        row = atom.hadamard(row)
+    if rows:
+        packed = atom.pack_rows(row, rows)
+        atom.compressed_packed_insert(cache, packed, table, ends, positions, requests, ratio, rows)
+    else:
+        atom.compressed_insert(cache, row, table, ends, positions, requests, ratio)
 
 
 def _index_rope_topk(
     q: Tensor, cos: Tensor, sin: Tensor, weights: Tensor, cache: Tensor, table: Tensor, requests: Tensor,
-    positions: Tensor, query_start: Tensor, ratio: int, topk: int,
+    positions: Tensor, query_start: Tensor, ratio: int, topk: int, rows: str, layout: str,
 ) -> Tensor:  # fmt: skip
     q = atom.rope(q, cos.unsqueeze(-2), sin.unsqueeze(-2), False)
-    out: Tensor = atom.index_topk(q, weights, cache, table, requests, positions, query_start, ratio, topk)
+    if layout:
+        q = atom.dequantize(*atom.quantize(atom.hadamard(q), layout), layout, q.dtype)
+    told = (rows,) if rows else ()
+    out: Tensor = atom.index_topk(q, weights, cache, table, requests, positions, query_start, ratio, topk, *told)
     return out
 
 
 def _attention_inverse_rope(
     q: Tensor, window: Tensor, window_table: Tensor, cache: Tensor | None, block_table: Tensor, topk: Tensor | None,
     sink: Tensor, requests: Tensor, positions: Tensor, scale: float, window_size: int, ratio: int, cos: Tensor,
-    sin: Tensor,
+    sin: Tensor, rows: str,
 ) -> Tensor:  # fmt: skip
+    told = (rows,) if rows else ()
     o = atom.sparse_attention(
-        q, window, window_table, cache, block_table, topk, sink, requests, positions, scale, window_size, ratio
+        q, window, window_table, cache, block_table, topk, sink, requests, positions, scale, window_size, ratio, *told
     )
     out: Tensor = atom.rope(o, cos.unsqueeze(-2), sin.unsqueeze(-2), True)
     return out
@@ -284,12 +298,17 @@ RMS_NORM_PAIR = Fuse(
         ),
     ),
 )
+# Row layouts of packed caches: sentinels that stand for any, of 22 channels.
+ROWS = "12:e4m3:1x6:e8m0:0.0625+10"
+_PACKED: dict[str, Example] = {**_CACHE, "cache": Of((11, 13 * 35), torch.uint8), "rows": ROWS}
+_PLAIN: dict[str, Example] = {**_CACHE, "rows": ""}
+_DTYPES = (F32, torch.bfloat16)
+_QKV: dict[str, Example] = {"q": Of((7, 3, 22)), "kv": Of((7, 22)), **_ANGLES, "eps": EPS}
 QK_NORM_ROPE_INSERT = Fuse(
-    "qk_norm_rope_insert",
-    (Spelling(_qk_norm_rope_insert, {"q": Of((7, 3, 22)), "kv": Of((7, 22)), **_ANGLES, "eps": EPS, **_CACHE}),),
+    "qk_norm_rope_insert", tuple(Spelling(_qk_norm_rope_insert, {**_QKV, **cache}) for cache in (_PLAIN, _PACKED))
 )
 _POOL: dict[str, Example] = {
-    "weight": Of((22,), F32), "eps": EPS, "cos": Of((2, 5), F32), "sin": Of((2, 5), F32), **_CACHE,
+    "weight": Of((22,), F32), "eps": EPS, "cos": Of((2, 5), F32), "sin": Of((2, 5), F32),
     "ends": Of((2,), I32), "query_start": Of((3,), I32), "slots": Of((2,), I32), "ratio": _RATIO,
 }  # fmt: skip
 _CSA: dict[str, Example] = {
@@ -300,26 +319,23 @@ _HCA: dict[str, Example] = {
 }  # fmt: skip
 COMPRESSOR = Fuse(
     "compressor_pool_norm_rope_insert",
-    (
-        Spelling(_compressor, {**_POOL, **_CSA}, fixed={"overlap": True}),
-        Spelling(_compressor, {**_POOL, **_HCA}, fixed={"overlap": False}),
+    tuple(
+        Spelling(_compressor, {**_POOL, **kind, **cache}, fixed={"overlap": kind is _CSA, "dtype": dtype, "rotate": r})
+        for kind, cache, r in ((_CSA, _PACKED, True), (_CSA, _PACKED, False), (_HCA, _PACKED, False),
+                                  (_CSA, _PLAIN, False), (_HCA, _PLAIN, False))
+        for dtype in _DTYPES
     ),
-)
+)  # fmt: skip
+LAYOUT = "e4m3:1x7:e8m0:0.0625"
+_INDEX: dict[str, Example] = {
+    "q": Of((7, 3, 32)), **_ANGLES, "weights": Of((7, 3), F32), "query_start": Of((3,), I32), "ratio": _RATIO,
+    "topk": _TOPK,
+}  # fmt: skip
 INDEX_ROPE_TOPK = Fuse(
     "index_rope_topk",
-    (
-        Spelling(
-            _index_rope_topk,
-            {
-                "q": Of((7, 3, 22)),
-                **_ANGLES,
-                "weights": Of((7, 3), F32),
-                **_CACHE,
-                "query_start": Of((3,), I32),
-                "ratio": _RATIO,
-                "topk": _TOPK,
-            },
-        ),
+    tuple(
+        Spelling(_index_rope_topk, {**_INDEX, **cache, "layout": layout})
+        for cache, layout in ((_PACKED, LAYOUT), (_PACKED, ""), (_PLAIN, ""))
     ),
 )
 _ATTENTION: dict[str, Example] = {
@@ -327,11 +343,13 @@ _ATTENTION: dict[str, Example] = {
     "block_table": Of((2, 19), I32), "topk": Of((7, 9), I32), "sink": Of((3,), F32), "requests": Of((7,), I32),
     "positions": Of((7,), I32), "scale": SCALE, "window_size": _TOPK, "ratio": _RATIO, **_ANGLES,
 }  # fmt: skip
+ABSENT = ((), ("topk",), ("topk", "cache"))  # CSA, HCA, SWA
 ATTENTION_INVERSE_ROPE = Fuse(
     "sparse_attention_inverse_rope",
     tuple(
-        Spelling(_attention_inverse_rope, {**_ATTENTION, **dict.fromkeys(absent)})
-        for absent in ((), ("topk",), ("topk", "cache"))  # CSA, HCA, SWA
+        Spelling(_attention_inverse_rope, {**_ATTENTION, "rows": rows, **dict.fromkeys(absent)})
+        for rows in (ROWS, "")
+        for absent in ABSENT
     ),
 )
 

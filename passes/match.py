@@ -31,7 +31,7 @@ class Binding:
     """A match in the making: pattern node -> graph node, and the numbers read off."""
 
     nodes: dict[Node, Node] = field(default_factory=dict)
-    numbers: dict[str, float | int] = field(default_factory=dict)
+    numbers: dict[str, float | int | str] = field(default_factory=dict)
 
     def copy(self) -> Binding:
         return Binding(dict(self.nodes), dict(self.numbers))
@@ -52,7 +52,7 @@ class Matcher:
     def __init__(self, pattern: Pattern, exact: bool = False) -> None:
         self.pattern, self.exact = pattern, exact
         self.miss = Miss()
-        self.sentinels = {} if exact else {v: k for k, v in pattern.numbers}
+        self.sentinels: dict[Any, str] = {} if exact else {v: k for k, v in pattern.numbers}
 
     def search(self, graph: Graph) -> Iterator[Iterator[Binding]]:
         """For each node that the first anchor may be, last one first: every way to match the whole pattern there."""
@@ -145,7 +145,10 @@ class Matcher:
         return p.op == "placeholder" or (t.op == "call_function" and p.target == t.target)
 
     def literal(self, p: Any, t: Any, b: Binding, at: Node) -> list[list[Goal]]:
-        """Match a constant of the pattern; a sentinel takes the number of the graph, once."""
+        """Match a constant of the pattern; a sentinel takes the number or text of the graph, once."""
+        if isinstance(p, str) and isinstance(t, str) and p in self.sentinels:
+            text = b.numbers.setdefault(self.sentinels[p], t)
+            return self.check(text == t, b, at, f"{self.sentinels[p]} is {text!r} and {t!r}")
         number = isinstance(t, (int, float)) and not isinstance(t, bool)
         for sign in (1, -1):
             if number and isinstance(p, (int, float)) and not isinstance(p, bool) and sign * p in self.sentinels:

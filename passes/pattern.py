@@ -33,7 +33,7 @@ class Of:
     dtype: torch.dtype | None = None
 
 
-Example = Of | float | int | bool | None
+Example = Of | float | int | str | bool | None
 Fixed = tuple[tuple[str, Any], ...]
 
 
@@ -43,7 +43,8 @@ class Spelling:
 
     Attributes:
         fn: plain torch (or atom operators); its parameter names are the operator's, unless `adapt` translates.
-        examples: per parameter, an example tensor or a sentinel; None passes None.
+        examples: per parameter, an example tensor or a sentinel (a number, or a text such as a layout); None passes
+            None, an empty text itself.
         fixed: parameters whose value shapes the pattern (flags); they are part of it, not read off.
         fixed_from: finds candidates for further such parameters in a graph (loop counts).
         adapt: turns what the match bound into the operator's arguments, emitting nodes where needed.
@@ -66,8 +67,17 @@ class Spelling:
 
     @property
     def constants(self) -> dict[str, Any]:
-        """Parameters that are no input and no number."""
-        return {k: v for k, v in self.examples.items() if v is None or isinstance(v, bool)}
+        """Parameters that are no input and no sentinel."""
+        return {k: v for k, v in self.examples.items() if v is None or isinstance(v, bool) or v == ""}
+
+    @property
+    def sentinels(self) -> dict[str, float | int | str]:
+        """Parameters that a match reads off the graph."""
+        return {
+            k: v
+            for k, v in self.examples.items()
+            if isinstance(v, (int, float, str)) and not isinstance(v, bool) and v != ""
+        }
 
 
 @dataclass(frozen=True)
@@ -76,14 +86,14 @@ class Pattern:
 
     Attributes:
         inputs: placeholder -> parameter name.
-        numbers: (parameter, sentinel) pairs to read off the graph.
+        numbers: (parameter, sentinel) pairs to read off the graph; texts too.
         anchors: output nodes and mutating nodes; the first is the one to search for.
         outputs: the output nodes in the order of the operator's results.
     """
 
     gm: GraphModule
     inputs: dict[Node, str]
-    numbers: tuple[tuple[str, float | int], ...]
+    numbers: tuple[tuple[str, float | int | str], ...]
     anchors: tuple[Node, ...]
     outputs: tuple[Node, ...]
 
@@ -114,7 +124,7 @@ def trace(fn: Callable[..., Any], arguments: Mapping[str, Any]) -> tuple[GraphMo
     return gm, names
 
 
-def build(fn: Callable[..., Any], arguments: Mapping[str, Any], numbers: Mapping[str, float | int]) -> Pattern:
+def build(fn: Callable[..., Any], arguments: Mapping[str, Any], numbers: Mapping[str, float | int | str]) -> Pattern:
     """Trace fn and find its anchors, the largest subgraph first."""
     gm, inputs = trace(fn, arguments)
     result = next(n for n in gm.graph.nodes if n.op == "output").args[0]
@@ -155,17 +165,16 @@ def general(spelling: Spelling, fixed: Fixed, dtype: torch.dtype) -> Pattern:
 @lru_cache(maxsize=512)
 def _general(key: _Key, fixed: Fixed, dtype: torch.dtype) -> Pattern:
     spelling = key.spelling
-    numbers = {k: v for k, v in spelling.examples.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
     with FakeTensorMode():
         arguments = {
             k: torch.empty(v.shape, dtype=v.dtype or dtype) if isinstance(v, Of) else v
             for k, v in spelling.examples.items()
         }
-    return build(spelling.fn, {**arguments, **dict(fixed)}, numbers)
+    return build(spelling.fn, {**arguments, **dict(fixed)}, spelling.sentinels)
 
 
 def exact(
-    spelling: Spelling, fixed: Fixed, tensors: Mapping[str, Tensor], numbers: Mapping[str, float | int]
+    spelling: Spelling, fixed: Fixed, tensors: Mapping[str, Tensor], numbers: Mapping[str, float | int | str]
 ) -> Pattern:
     """The spelling traced on given fake tensors and numbers; kept for the next place with equal ones.
 

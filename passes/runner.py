@@ -18,12 +18,13 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
+import torch
 from torch.fx import GraphModule
 
 from atomc.passes.graph import PassError, readable
-from atomc.recipes import Recipe
+from atomc.recipes import Choice, Recipe, TensorSpec
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,35 @@ class Report:
     refusals: list[Refusal] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Decision:
+    """How one weight, activation or cache is stored, and who decided (`atomc explain`).
+
+    Attributes:
+        kind: weight, activation or cache. name: the weight's path, `input of` one, or the state field.
+        shape: of the values; sizes of a step by their symbol. layout: text, or a dtype.
+        bytes: of a weight; of one token's activation; of one cache row. Scales included.
+        stored: what it was before: the checkpoint's layout, or a dtype.
+        origin: stored (the very bytes), exact (the same numbers), or quantized (rounded).
+        lowering: what the target does with it. by: the rule. where: the model's source line.
+    """
+
+    kind: Literal["weight", "activation", "cache"]
+    name: str
+    shape: list[int | str]
+    layout: str
+    bytes: int
+    stored: str
+    origin: str
+    lowering: str
+    by: str
+    where: str
+
+
+def _no_spec(recipe: Recipe) -> TensorSpec:
+    raise PassError("this pipeline knows no checkpoint, so no shape of a weight that is packed")
+
+
 @dataclass
 class Context:
     """What passes may know beside the graph.
@@ -59,12 +89,22 @@ class Context:
         expected: pass name -> number of matches the model promises in this region; absent: any number.
         weights: weight placeholder -> recipe; passes that change weights change recipes.
         module_paths: weight placeholder -> parameter name in the model.
+        states: state placeholder -> its field. state_specs: field -> shape of one unit of its pool and dtype, where a
+            pass changed them.
+        dtype: the compute dtype. spec_of: shape and dtype of what a recipe gives. choice: how scales are chosen.
+        decisions: what a pass decided on layouts.
     """
 
     region: str
     expected: dict[str, int] = field(default_factory=dict)
     weights: dict[str, Recipe] = field(default_factory=dict)
     module_paths: dict[str, str] = field(default_factory=dict)
+    states: dict[str, str] = field(default_factory=dict)
+    state_specs: dict[str, tuple[tuple[int, ...], str]] = field(default_factory=dict)
+    dtype: torch.dtype = torch.float32
+    spec_of: Callable[[Recipe], TensorSpec] = _no_spec
+    choice: Choice = field(default_factory=Choice)
+    decisions: list[Decision] = field(default_factory=list)
 
 
 Invariant = Callable[[GraphModule], str | None]

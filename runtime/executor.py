@@ -19,7 +19,10 @@ from atomc.runtime.loader import LoadedArtifact, load
 
 
 class Watch(Protocol):
-    """Sees every step of a run: after its results are there, before anything is released."""
+    """Sees every step of a run, twice: before it writes anything; with its results, before anything is released."""
+
+    def before(self, region: RegionPlan, at: int, env: Environment, sizes: Sizes) -> None:
+        """Step `at` of `region` will run next."""
 
     def after(self, region: RegionPlan, at: int, env: Environment, sizes: Sizes) -> None:
         """Step `at` of `region` has run."""
@@ -63,6 +66,8 @@ class BoundCall:
                     self.fields.append((item.slot, item.name))
                 case _:
                     self.values.append((item.slot, call.binds.get(item.name, item.name)))
+        for step in plan.prepare:
+            BoundStep(step, self.fixed).run(self.fixed, {})
         self.steps = [BoundStep(step, self.fixed) for step in plan.steps]
         self.outputs = list(plan.outputs.items())
 
@@ -76,9 +81,10 @@ class BoundCall:
         at = 0
         try:
             for at, step in enumerate(self.steps):
-                step.run(env, sizes)
-                if watch is not None:
-                    watch.after(self.plan, at, env, sizes)
+                if watch is None:
+                    step.run(env, sizes)
+                else:
+                    self._run_watched(at, env, sizes, watch)
                 for slot in step.release:
                     env[slot] = None
         except Exception as error:
@@ -87,6 +93,11 @@ class BoundCall:
             raise
         for name, slot in self.outputs:
             values[name] = env[slot]
+
+    def _run_watched(self, at: int, env: Environment, sizes: Sizes, watch: Watch) -> None:
+        watch.before(self.plan, at, env, sizes)
+        self.steps[at].run(env, sizes)
+        watch.after(self.plan, at, env, sizes)
 
 
 class Executor:

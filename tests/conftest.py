@@ -34,7 +34,8 @@ SLOW_MODULES = frozenset(
     {
         "artifact/test_check.py", "artifact/test_damage.py", "models/test_model.py", "models/test_mtp.py",
         "models/test_mutations.py", "models/test_nano_dense.py", "models/test_nano_training.py",
-        "passes/test_fusions.py", "passes/test_promises.py", "runtime/test_evaluate.py", "runtime/test_executor.py",
+        "passes/test_fusions.py", "passes/test_promises.py", "passes/test_quant_fusions.py",
+        "runtime/test_evaluate.py", "runtime/test_executor.py", "runtime/test_native.py",
         "codegen/test_missing.py", "test_bad_input.py", "test_capture.py", "test_cli.py", "test_compiler.py",
         "test_dynamo.py", "test_dynamo_transformers.py",
     }
@@ -78,23 +79,32 @@ def cli(capfd: pytest.CaptureFixture[str]) -> Cli:
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a small `checkpoint`, the artifact `tiny.atom` compiled from it, and `summary.json`.
+    """A folder with a small `checkpoint` and two artifacts of it: `tiny.atom` in full, `native.atom` as it is stored.
 
-    Made once in a test session, by whichever process needs it first. Read-only: copy what a test changes.
+    What each compile said is beside it, as `.json`. Made once in a test session, by whichever process needs it first.
+    Read-only: copy what a test changes.
     """
     from tests.support.artifact import LAYERS, compile_artifact, write_checkpoint
 
     base = tmp_path_factory.getbasetemp()
     shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "model"
     with FileLock(shared.with_suffix(".lock")):
-        if not (shared / "summary.json").exists():
+        if not (shared / "native.json").exists():
             shutil.rmtree(shared, ignore_errors=True)
             shared.mkdir()
-            compile_artifact(write_checkpoint(shared / "checkpoint", **LAYERS), shared / "tiny.atom")
+            checkpoint = write_checkpoint(shared / "checkpoint", **LAYERS)
+            compile_artifact(checkpoint, shared / "tiny.atom", "none")
+            compile_artifact(checkpoint, shared / "native.atom", "native")
     return shared
 
 
 @pytest.fixture(scope="session")
 def artifact(model_folder: Path) -> Path:
-    """A compiled artifact of a small random model. Read-only."""
+    """A compiled artifact of a small random model, computed in float32. Read-only."""
     return model_folder / "tiny.atom"
+
+
+@pytest.fixture(scope="session")
+def native_artifact(model_folder: Path) -> Path:
+    """The same model as its checkpoint stores it: FP8, FP4, packed caches. Read-only."""
+    return model_folder / "native.atom"

@@ -79,7 +79,7 @@ def compiled(config: DeepseekV4Config, dtype: torch.dtype, seed: int = 0) -> Com
         paths = {i.placeholder: i.name for i in region.inputs if i.role == "weight"}
         recipes = {placeholder: Load(path) for placeholder, path in paths.items()}
         ctx = Context(region.name, promised_matches(config, region.name), dict(recipes), paths)
-        run_pipeline(pipelines.fusion(), region.gm, ctx)
+        run_pipeline(pipelines.compilation(), region.gm, ctx)
         contexts[region.name] = ctx
     return Compiled(model, program, contexts)
 

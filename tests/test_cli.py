@@ -66,13 +66,17 @@ def test_version(cli: Cli) -> None:
 
 
 def test_compile_sums_up_what_it_did(model_folder: Path) -> None:
-    summary = json.loads((model_folder / "summary.json").read_text())
+    summary = json.loads((model_folder / "tiny.json").read_text())
     assert summary["target"] == "cpu"
     assert summary["regions"] == dict.fromkeys(REGIONS, 1)
     assert summary["nodes_after"] < summary["nodes_before"]
     assert summary["matches"]["fuse_hc_pre"] == 6
     assert summary["sha256"] == _sha256(model_folder / "tiny.atom" / "manifest.json")
     assert summary["max_context"] == 320
+    packed = summary["packed"]
+    assert (packed["shards"], packed["resumed_shards"]) == (1, 0)
+    assert packed["bytes"] > summary["weights_bytes"]  # a header too
+    assert packed["mb_per_second"] > 0
     for size in ("parameters", "weights_bytes", "arena_bytes", "values_bytes", "peak_rss_bytes", "seconds", "steps"):
         assert summary[size] > 0, size
 
@@ -92,12 +96,12 @@ def test_compile_stops_after_a_pass_and_dumps_the_graphs(cli: Cli, tmp_path: Pat
 def test_a_gpu_target_says_which_operators_have_no_kernel(cli: Cli, tmp_path: Path) -> None:
     model, output = write_checkpoint(tmp_path / "model", **ONE_LAYER), tmp_path / "out.atom"
     ran = cli("compile", model, "--target", "mi355x", "-o", output)
-    ran.failed(6, "target mi355x: no kernel for", "atom.hc_post_pre_norm.default", "deepseek_v4/layers.py:")
+    ran.failed(6, "target mi355x: no kernel for", "atom.hc_post_pre_norm_quant.default", "deepseek_v4/")
     assert sorted(f.name for f in tmp_path.iterdir()) == ["model"]
     error = cli("compile", model, "--target", "mi355x", "-o", output, "--no-weights", "--json").json["error"]
     assert error["exit_code"] == 6
     assert {"op", "region", "count", "source"} == set(error["missing"][0])
-    assert "atom.moe_experts.default" in {missing["op"] for missing in error["missing"]}
+    assert "atom.scaled_moe_experts.default" in {missing["op"] for missing in error["missing"]}
 
 
 def _sha256(path: Path) -> str:

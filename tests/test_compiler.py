@@ -106,7 +106,8 @@ def test_outputs_that_are_in_the_way(
 
 @pytest.mark.parametrize("target", ["mi355x", pytest.param("h100", marks=pytest.mark.slow)])
 def test_missing_kernels_are_listed_and_nothing_is_written(checkpoint: Path, tmp_path: Path, target: str) -> None:
-    whole = compiled(checkpoint, tmp_path / "cpu.atom")
+    options = replace(PLAN_ONLY, scheme="none")  # the cpu multiplies no packed weights, so that its steps would differ
+    whole = compiled(checkpoint, tmp_path / "cpu.atom", options)
     expected: Counter[str] = Counter()
     sources: dict[str, str] = {}
     for region in whole.regions.values():
@@ -115,7 +116,7 @@ def test_missing_kernels_are_listed_and_nothing_is_written(checkpoint: Path, tmp
                 expected[step.op] += 1
                 sources.setdefault(step.op, step.source)
     with pytest.raises(MissingKernelsError) as raised:
-        compiled(checkpoint, tmp_path / "gpu.atom", target=target)
+        compiled(checkpoint, tmp_path / "gpu.atom", options, target=target)
     assert os.listdir(tmp_path) == ["cpu.atom"]
     lines = raised.value.message.splitlines()
     assert lines[0] == f"target {target}: no kernel for {len(expected)} operators, so nothing was written:"
@@ -158,7 +159,7 @@ def test_an_interrupted_compile_leaves_nothing(checkpoint: Path, tmp_path: Path,
     seen: list[str] = []
 
     def progress(stage: str, done: int, total: int) -> None:
-        if stage == "pack weights" and done > total // 2:
+        if stage == "pack (MiB) norm.weight":
             seen.extend(p.name for p in tmp_path.rglob("*.partial"))
             raise error
 
@@ -173,12 +174,11 @@ def test_what_a_killed_compile_left_is_removed_by_the_next(checkpoint: Path, tmp
     code = (
         "import os, sys; from pathlib import Path\n"
         "from atomc.compiler import Options, compile_model\n"
-        "kill = lambda stage, *_: os._exit(9) if stage == 'pack weights' else None\n"
+        "kill = lambda stage, *_: os._exit(9) if stage.startswith('pack') else None\n"
         f"compile_model({str(checkpoint)!r}, 'cpu', Path({str(tmp_path / 'a.atom')!r}), Options(), kill)\n"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 9
-    (left,) = os.listdir(tmp_path)
-    assert left.endswith(".partial")
+    assert {Path(left).suffix for left in os.listdir(tmp_path)} == {".packing", ".partial"}
     compiled(checkpoint, tmp_path / "a.atom")
     assert os.listdir(tmp_path) == ["a.atom"]
 
@@ -235,6 +235,8 @@ def test_no_file_names_a_place_of_this_machine(checkpoint: Path, repo_root: Path
 
 
 ALL_PLANS = {"plan/program.json", "plan/prologue.json", "plan/layer_swa_hash.json", "plan/head.json"}
+QUANTISED = {"plan/program.json", "plan/layer_swa_hash.json", "graph/layer_swa_hash.py", "explain.json", "layouts.json",
+             "weights/00001.safetensors"}  # fmt: skip
 ALL_GRAPHS = {"graph/prologue.py", "graph/layer_swa_hash.py", "graph/head.py"}
 
 
@@ -244,15 +246,30 @@ ALL_GRAPHS = {"graph/prologue.py", "graph/layer_swa_hash.py", "graph/head.py"}
     [
         (
             lambda o: replace(o, dtype="bfloat16"),
-            ALL_PLANS | ALL_GRAPHS | {"explain.json", "weights/00001.safetensors"},
+            ALL_PLANS | ALL_GRAPHS | {"explain.json", "layouts.json"},
         ),
+        (lambda o: replace(o, scheme="fp8"), QUANTISED),
+        (lambda o: replace(o, index_rows="fp8"), set()),  # this model has none
+        (lambda o: replace(o, rows="bf16"), QUANTISED - {"weights/00001.safetensors"}),
+        (lambda o: replace(o, scales="mse"), set()),  # nothing is quantised anew
         (lambda o: replace(o, max_context=640), ALL_GRAPHS | {"plan/layer_swa_hash.json"}),
         (lambda o: replace(o, max_batch_tokens=64), ALL_PLANS | ALL_GRAPHS),
         (lambda o: replace(o, max_requests=5), {"plan/program.json", "plan/prologue.json"}),
         (lambda o: replace(o, max_logit_rows=41), {"plan/program.json", "plan/head.json"}),
         (lambda o: replace(o, with_weights=False), {"weights/00001.safetensors"}),
     ],
-    ids=["dtype", "max_context", "max_batch_tokens", "max_requests", "max_logit_rows", "no_weights"],
+    ids=[
+        "dtype",
+        "scheme",
+        "index_rows",
+        "rows",
+        "scales",
+        "max_context",
+        "max_batch_tokens",
+        "max_requests",
+        "max_logit_rows",
+        "no_weights",
+    ],
 )
 def test_one_changed_flag_changes_only_what_it_should(
     checkpoint: Path, tmp_path: Path, change: Callable[[Options], Options], may_differ: set[str]
@@ -264,7 +281,8 @@ def test_one_changed_flag_changes_only_what_it_should(
     assert MANIFEST in found
     assert found <= may_differ | {MANIFEST, "report.md"}
     same = differing_facts(tmp_path / "a.atom", tmp_path / "b.atom")
-    assert same <= {"dtype", "limits", "serving", "with_weights", "recipes", "files", "seal"}
+    changed = {"dtype", "scheme", "scales", "limits", "serving", "with_weights", "passes", "recipes", "files", "seal"}
+    assert same <= changed
 
 
 def differing_facts(a: Path, b: Path) -> set[str]:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from atomc.errors import RecipeError
-from atomc.ops.formats import dequantize_fp4, dequantize_fp8_block, quantize_fp4, quantize_fp8_block
+from atomc.formats import FP8_TILE, MXFP4, dequantize, quantize
 from atomc.recipes import (
     Cast,
     Concat,
@@ -34,8 +34,8 @@ from atomc.recipes import (
 
 GENERATOR = torch.Generator().manual_seed(0)
 A, B = torch.randn(4, 6, generator=GENERATOR), torch.randn(4, 6, generator=GENERATOR)
-FP8, FP8_SCALE = quantize_fp8_block(torch.randn(130, 40, generator=GENERATOR))
-FP4, FP4_SCALE = quantize_fp4(torch.randn(5, 64, generator=GENERATOR))
+FP8, FP8_SCALE = quantize(torch.randn(130, 40, generator=GENERATOR), FP8_TILE)
+FP4, FP4_SCALE = quantize(torch.randn(5, 64, generator=GENERATOR), MXFP4)
 STORE = {
     "a": A, "b": B, "fp8.weight": FP8, "fp8.scale": FP8_SCALE, "fp4.weight": FP4, "fp4.scale": FP4_SCALE,
     "ids": torch.arange(6),
@@ -62,16 +62,16 @@ STEPS: list[tuple[Recipe, Callable[[], Tensor]]] = [
     (Constant((1.5,), (2, 3), "float32"), lambda: torch.full((2, 3), 1.5)),
     (Constant((1, 2, 3, 4), (2, 2), "int64"), lambda: torch.tensor([[1, 2], [3, 4]])),
     (
-        Dequantize(Load("fp8.weight"), Load("fp8.scale"), "fp8_block128"),
-        lambda: dequantize_fp8_block(FP8, FP8_SCALE),
+        Dequantize(Load("fp8.weight"), Load("fp8.scale"), "e4m3:128x128:e8m0"),
+        lambda: dequantize(FP8, FP8_SCALE, FP8_TILE),
     ),
     (
-        Dequantize(Load("fp4.weight"), Load("fp4.scale"), "fp4_group32", "bfloat16"),
-        lambda: dequantize_fp4(FP4, FP4_SCALE).bfloat16(),
+        Dequantize(Load("fp4.weight"), Load("fp4.scale"), "e2m1:1x32:e8m0", "bfloat16"),
+        lambda: dequantize(FP4, FP4_SCALE, MXFP4).bfloat16(),
     ),
     (
-        Dequantize(Slice(Load("fp4.weight"), 0, 1, 3), Slice(Load("fp4.scale"), 0, 1, 3), "fp4_group32"),
-        lambda: dequantize_fp4(FP4, FP4_SCALE)[1:3],
+        Dequantize(Slice(Load("fp4.weight"), 0, 1, 3), Slice(Load("fp4.scale"), 0, 1, 3), "e2m1:1x32:e8m0"),
+        lambda: dequantize(FP4, FP4_SCALE, MXFP4)[1:3],
     ),
 ]
 
@@ -87,10 +87,10 @@ def test_each_step(recipe: Recipe, wanted: Callable[[], Tensor]) -> None:
 
 
 def test_the_json_form_is_what_a_manifest_holds() -> None:
-    recipe = Dequantize(Load("{prefix}w.weight"), Load("{prefix}w.scale"), "fp8_block128")
+    recipe = Dequantize(Load("{prefix}w.weight"), Load("{prefix}w.scale"), "e4m3:128x128:e8m0")
     assert to_json(recipe) == (
         b'{"op":"dequantize","weight":{"op":"load","name":"{prefix}w.weight"},'
-        b'"scale":{"op":"load","name":"{prefix}w.scale"},"format":"fp8_block128","dtype":"float32"}'
+        b'"scale":{"op":"load","name":"{prefix}w.scale"},"layout":"e4m3:128x128:e8m0","dtype":"float32"}'
     )
 
 
@@ -114,7 +114,7 @@ def test_what_is_no_recipe_is_refused(text: str) -> None:
 def test_instantiate_fills_the_prefix_everywhere() -> None:
     inner = Concat((Load("{prefix}x"), Cast(Load("{prefix}y"), "float32"), Constant((0,), (1,), "float32")), 0)
     weight, scale = Reshape(Load("{prefix}w"), (1,)), Slice(Permute(Load("{prefix}s"), (0,)), 0, 0, 1)
-    recipe = Stack((inner, Dequantize(weight, scale, "fp4_group32")))
+    recipe = Stack((inner, Dequantize(weight, scale, "e2m1:1x32:e8m0")))
     assert sources(recipe) == ["{prefix}x", "{prefix}y", "{prefix}w", "{prefix}s"]
     done = instantiate(recipe, "layers.3.")
     assert sources(done) == ["layers.3.x", "layers.3.y", "layers.3.w", "layers.3.s"]
@@ -142,8 +142,11 @@ def test_sources_are_listed_once() -> None:
         (Slice(Load("a"), 0, -1, 2), "rows -1:2 are not inside"),
         (Slice(Load("a"), 2, 0, 1), "Slice over a does not fit"),
         (Constant((1, 2), (3,), "float32"), "Constant over no source"),
-        (Dequantize(Load("fp8.weight"), Load("fp4.scale"), "fp8_block128"), "Dequantize over fp8.weight, fp4.scale"),
-        (Dequantize(Load("fp4.weight"), Load("fp8.scale"), "fp4_group32"), "Dequantize over fp4.weight, fp8.scale"),
+        (
+            Dequantize(Load("fp8.weight"), Load("fp4.scale"), "e4m3:128x128:e8m0"),
+            "Dequantize over fp8.weight, fp4.scale",
+        ),
+        (Dequantize(Load("fp4.weight"), Load("fp8.scale"), "e2m1:1x32:e8m0"), "Dequantize over fp4.weight, fp8.scale"),
     ],
 )
 def test_a_step_that_does_not_fit_names_itself_and_its_sources(recipe: Recipe, match: str) -> None:
@@ -182,7 +185,7 @@ def grow(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
         st.builds(Reshape, inner, shape),
         st.builds(Permute, inner, shape),
         st.builds(Slice, inner, dims, dims, dims),
-        st.builds(Dequantize, inner, inner, st.sampled_from(["fp8_block128", "fp4_group32"]), dtypes),
+        st.builds(Dequantize, inner, inner, st.sampled_from(["e4m3:128x128:e8m0", "e2m1:1x32:e8m0"]), dtypes),
     )
 
 

@@ -7,7 +7,9 @@ from typing import Any, Final
 
 import torch
 
+import atomc.ops  # noqa: F401  defines torch.ops.atom
 from atomc.artifact.buffers import aligned, slot_bytes
+from atomc.artifact.check_layouts import check_layouts, check_results
 from atomc.artifact.expr import ExpressionError, evaluate, parse
 from atomc.artifact.plan import ALIGNMENT, DTYPE_BYTES, SYMBOLS, Arg, DType, RegionPlan, Size, Slot, SlotInfo, Step
 from atomc.artifact.store import ArtifactError
@@ -67,13 +69,21 @@ def check_region(
 ) -> None:
     """Add what is wrong with a region; later checks rely on earlier ones, so the first that finds something ends it."""
     where = f"plan/{region.name}.json"
-    checks = (_slots, _inputs, _steps, _lifetimes, _arena)
+    checks = (_slots, _inputs, _steps, _layouts, _results_of_layouts, _lifetimes, _arena)
     for check in checks:
         own = Problems()
         check(own, region, batch, bounds)
         problems.found += [f"{where}: {p}" for p in own.found]
         if own.found:
             return
+
+
+def _layouts(problems: Problems, region: RegionPlan, batch: object, bounds: object) -> None:
+    check_layouts(problems, region, operator_of)
+
+
+def _results_of_layouts(problems: Problems, region: RegionPlan, batch: object, bounds: object) -> None:
+    check_results(problems, region, operator_of)
 
 
 def _slots(problems: Problems, region: RegionPlan, batch: object, bounds: Mapping[str, int]) -> None:
@@ -121,8 +131,9 @@ def _inputs(problems: Problems, region: RegionPlan, batch: Mapping[str, list[int
 
 
 def _steps(problems: Problems, region: RegionPlan, batch: object, bounds: Mapping[str, int]) -> None:
-    defined = {item.slot for item in region.inputs}
-    taken = set(defined)  # released ones too: a slot has one value in its life
+    inputs = {item.slot for item in region.inputs}
+    taken = set(inputs)  # released ones too: a slot has one value in its life
+    defined = inputs | _prepared(problems, region, taken, set(bounds))
     for at, step in enumerate(region.steps):
         where = f"step {at} ({step.op}, {step.source})"
         op = operator_of(step.op)
@@ -139,6 +150,29 @@ def _steps(problems: Problems, region: RegionPlan, batch: object, bounds: Mappin
     for name, slot in region.outputs.items():
         if slot not in defined:
             problems.add(f"output {name!r}", f"slot {slot} ({region.slots[slot].name}) is not there at the end")
+
+
+def _prepared(problems: Problems, region: RegionPlan, taken: set[int], symbols: set[str]) -> set[int]:
+    """Check the steps that run once: they read weights and one another, and make slots of role `prepared`."""
+    defined = {item.slot for item in region.inputs if item.role == "weight"}
+    made: set[int] = set()
+    for at, step in enumerate(region.prepare):
+        where = f"prepare {at} ({step.op}, {step.source})"
+        op = operator_of(step.op)
+        if op is None:
+            problems.add(where, "no such operator in aten or atom")
+            continue
+        for problem in (*_call(step, op, region, defined, symbols), *_results(step, op, region, taken)):
+            problems.add(where, problem)
+        results = {s for s in step.outputs if s is not None and 0 <= s < len(region.slots)}
+        if wrong := sorted(s for s in results if region.slots[s].role != "prepared"):
+            problems.add(where, f"makes slots {wrong}, whose role is not prepared")
+        if step.release:
+            problems.add(where, f"releases {step.release}; what is prepared stays")
+        taken |= results
+        made |= results
+        defined |= results
+    return made
 
 
 def _call(
@@ -207,7 +241,7 @@ def _owner(slot: int, region: RegionPlan) -> int:
 def _written(slot: int, region: RegionPlan) -> Iterable[str]:
     owner = _owner(slot, region)
     info, role = region.slots[owner], region.slots[owner].role
-    if role in ("weight", "batch") or (role == "value" and owner in {i.slot for i in region.inputs}):
+    if role in ("weight", "prepared", "batch") or (role == "value" and owner in {i.slot for i in region.inputs}):
         yield f"writes slot {slot} ({region.slots[slot].name}), which is or views {role} {info.name}"
 
 
@@ -255,7 +289,8 @@ def _lifetimes(problems: Problems, region: RegionPlan, batch: object, bounds: ob
     owner = [_owner(at, region) for at in range(len(slots))]
     first = [-1] * len(slots)
     last = [-1] * len(slots)  # of the storage, at its owner
-    inputs = {item.slot for item in region.inputs}
+    prepared = {s for step in region.prepare for s in step.outputs if s is not None}
+    inputs = {item.slot for item in region.inputs} | prepared
     for at, step in enumerate(region.steps):
         made = [s for s in step.outputs if s is not None]
         for slot in made:
@@ -280,6 +315,8 @@ def _lifetimes(problems: Problems, region: RegionPlan, batch: object, bounds: ob
             problems.add(where, f"is released at step {released.get(at)}, not at its last use, step {info.last}")
         elif info.role != "temporary" and at in released:
             problems.add(where, f"a {info.role} is released at step {released[at]}")
+        elif (info.role == "prepared") != (at in prepared):
+            problems.add(where, f"role {info.role} of a slot that {'is' if at in prepared else 'is not'} prepared")
         kept = info.last == len(region.steps)
         if at not in inputs and (info.role == "value") != kept:
             problems.add(where, f"role {info.role} of a slot that {'outlives' if kept else 'ends in'} the region")

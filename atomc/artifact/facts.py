@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from atomc.artifact.expr import evaluate
@@ -12,7 +12,8 @@ from atomc.artifact.manifest import Serving
 from atomc.artifact.plan import DTYPE_BYTES, ProgramPlan, RegionPlan, StateTensor
 
 Regions = Mapping[str, RegionPlan]
-_NUMBERS = ("float32", "bfloat16", "float16", "float8_e4m3fn")  # dtypes of parameters; not of tables and scales
+# Parameters in an element of each dtype; packed FP4 has two to a byte, tables of ids and E8M0 scales have none.
+_NUMBERS = {"float32": 1, "bfloat16": 1, "float16": 1, "float8_e4m3fn": 1, "float8_e4m3fnuz": 1, "int8": 2}
 
 
 def uses(program: ProgramPlan) -> Counter[str]:
@@ -31,26 +32,39 @@ def operators(program: ProgramPlan, regions: Regions) -> Counter[str]:
 
 @dataclass(frozen=True)
 class Weights:
-    """All weights that a step reads: how many tensors, how many floating-point numbers in them, how many bytes."""
+    """All weights: how many tensors, how many floating-point numbers in them, how many bytes, scales included.
+
+    `prepared`: bytes of what is made of them when the artifact is loaded, and stays.
+    """
 
     tensors: int
     parameters: int
     bytes: int
+    prepared: int
 
 
 def weights(program: ProgramPlan, regions: Regions) -> Weights:
     """Counted from the plan, so also for an artifact without weights."""
-    tensors = parameters = size = 0
+    tensors = parameters = size = prepared = 0
     for region, used in uses(program).items():
         slots = regions[region].slots
+        names = {item.name for item in regions[region].inputs if item.role == "weight"}
         for item in regions[region].inputs:
             if item.role == "weight":
                 slot = slots[item.slot]
                 count = math.prod(evaluate(n, {}) for n in slot.shape)
                 tensors += used
-                parameters += used * count * (slot.dtype in _NUMBERS)
+                parameters += used * count * _NUMBERS.get(slot.dtype, 0) * (not is_scale(item.name, names))
                 size += used * count * DTYPE_BYTES[slot.dtype]
-    return Weights(tensors, parameters, size)
+        made = [s for s in slots if s.role == "prepared" and s.base is None]
+        prepared += used * sum(math.prod(evaluate(n, {}) for n in s.shape) * DTYPE_BYTES[s.dtype] for s in made)
+    return Weights(tensors, parameters, size, prepared)
+
+
+def is_scale(name: str, names: Collection[str]) -> bool:
+    """Whether a weight holds the scales of another: `X.scale` beside `X.weight`, or beside `X`."""
+    base = name.removesuffix(".scale")
+    return base != name and (base in names or f"{base}.weight" in names)
 
 
 def pool_bytes(states: Mapping[str, list[StateTensor]]) -> dict[str, int]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
 from atomc.recipes import Recipe
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -72,6 +72,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     Attributes:
         config_sha256: of the model's canonical config.json.
+        scheme: the quantisation scheme, as `--scheme` takes it from a file. scales: how scales of weights were chosen.
         tools: versions of what compiled it; a different version may give different bytes.
         passes: region -> fingerprints of the passes that ran, in order.
         recipes: region -> weight name in the region -> recipe with `{prefix}`.
@@ -84,6 +85,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     config_sha256: str
     target: str
     dtype: str
+    scheme: dict[str, Any]
+    scales: str
     with_weights: bool
     limits: Limits
     serving: Serving

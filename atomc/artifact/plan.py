@@ -12,7 +12,8 @@ import msgspec
 # T tokens, B requests, N4 / NH completed CSA / HCA windows, L wanted logits; sizes of the pools of state.
 SYMBOLS: Final = ("T", "B", "N4", "NH", "L", "window_pages", "blocks", "slots")
 DTYPE_BYTES: Final = {
-    "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e8m0fnu": 1,
+    "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e4m3fnuz": 1, "float8_e5m2": 1,
+    "float8_e5m2fnuz": 1, "float8_e8m0fnu": 1,
     "int64": 8, "int32": 4, "int8": 1, "uint8": 1, "bool": 1,
 }  # fmt: skip
 ALIGNMENT: Final = 256  # bytes, of offsets in an arena: the widest access and the allocation granularity of any target
@@ -38,7 +39,7 @@ class DType(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="dtype"
 
 Scalar: TypeAlias = Slot | Size | DType | bool | int | float | str | None
 Arg: TypeAlias = Scalar | list[Scalar]
-Role: TypeAlias = Literal["weight", "state", "batch", "value", "temporary"]
+Role: TypeAlias = Literal["weight", "prepared", "state", "batch", "value", "temporary"]
 
 
 class SlotInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -89,12 +90,19 @@ class RegionInput(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class RegionPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The steps of one region. `arena_bytes` is what its temporaries need at the largest sizes."""
+    """The steps of one region.
+
+    Attributes:
+        prepare: steps that read weights only; they run once, when the artifact is loaded, and what they make (slots of
+            role `prepared`) stays: packed weights expanded for a target that cannot multiply them as they are.
+        arena_bytes: what the temporaries need at the largest sizes.
+    """
 
     name: str
     inputs: list[RegionInput]
     outputs: dict[str, int]
     slots: list[SlotInfo]
+    prepare: list[Step]
     steps: list[Step]
     arena_bytes: int
 

@@ -8,7 +8,7 @@ import itertools
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -122,7 +122,7 @@ def writing(target: Path) -> Iterator[Path]:
         _replace(beside, target)
     except (OSError, SafetensorError) as error:
         if beside is None or _is_ours(error, beside):
-            raise _unwritable(target, error) from error
+            raise unwritable(target, error) from error
         raise
     finally:
         if beside is not None:
@@ -155,7 +155,8 @@ def _is_ours(error: Exception, beside: Path) -> bool:
     return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS) or any(str(beside) in name for name in names)
 
 
-def _unwritable(target: Path, error: Exception) -> ArtifactError:
+def unwritable(target: Path | str, error: Exception) -> ArtifactError:
+    """What to say when the file or folder `target` cannot be written."""
     full = "No space left" in str(error) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
     hint = "Free disk space or choose another output path." if full else "Check the path."
     return ArtifactError(f"cannot write {target}: {getattr(error, 'strerror', None) or error}. {hint}")
@@ -198,9 +199,15 @@ def _replace(beside: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def write_manifest(folder: Path, build: Callable[[dict[str, FileEntry]], Manifest]) -> Manifest:
-    """Hash every file written so far and write the manifest that lists them."""
-    manifest = sealed(build({name: hash_file(folder / name) for name in files_of(folder)}))
+def write_manifest(
+    folder: Path, build: Callable[[dict[str, FileEntry]], Manifest], known: Mapping[str, FileEntry] | None = None
+) -> Manifest:
+    """Hash every file written so far and write the manifest that lists them.
+
+    `known` holds files that were hashed when they were written: weights are not read once more.
+    """
+    known = known or {}
+    manifest = sealed(build({name: known.get(name) or hash_file(folder / name) for name in files_of(folder)}))
     (folder / MANIFEST).write_bytes(encode(manifest))
     return manifest
 

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 ModelArgument = Annotated[
     str, typer.Argument(help="A checkpoint folder, or a bundled model (deepseek-v4-flash, -nano, -pro).")
 ]
+SchemeOption = Annotated[
+    str,
+    typer.Option(help="Quantisation: native, w4a8, fp8, mxfp4, ptpc-fp8, bf16, none, or a .json file."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Write one JSON document to stdout, errors too.")]
 
 
@@ -26,6 +30,16 @@ def compile_command(
         Path | None, typer.Option("-o", "--output", help="The artifact's folder.", show_default="MODEL.atom")
     ] = None,
     dtype: Annotated[str, typer.Option(help="Compute dtype: float32 or bfloat16.")] = "float32",
+    scheme: SchemeOption = "native",
+    cache_rows: Annotated[
+        str | None, typer.Option(help="Window and compressed rows: compute, bf16, fp8.", show_default="the scheme's")
+    ] = None,
+    index_rows: Annotated[
+        str | None, typer.Option(help="Index rows: compute, bf16, fp8, mxfp4.", show_default="the scheme's")
+    ] = None,
+    scales: Annotated[
+        str, typer.Option(help="Scales of weights that are quantised here: amax, or mse (least squared error).")
+    ] = "amax",
     max_context: Annotated[
         int | None, typer.Option(help="Longest sequence, in tokens.", show_default="the model's, at most 8192")
     ] = None,
@@ -61,7 +75,8 @@ def compile_command(
         _check_pass(stop_after)
 
     options = Options(
-        dtype=dtype, max_context=max_context or 0, max_batch_tokens=max_batch_tokens, max_requests=max_requests,
+        dtype=dtype, scheme=scheme, rows=cache_rows or "", index_rows=index_rows or "", scales=scales,
+        max_context=max_context or 0, max_batch_tokens=max_batch_tokens, max_requests=max_requests,
         max_logit_rows=min(max_batch_tokens, 512) if max_logit_rows is None else max_logit_rows,
         with_weights=not no_weights, dump_ir=dump_ir, stop_after=stop_after,
     )  # fmt: skip
@@ -79,7 +94,7 @@ def _check_pass(name: str) -> None:
     from atomc.cli.failure import OptionError
     from atomc.passes import pipelines
 
-    if name not in (labels := [step.label for step in pipelines.fusion()]):
+    if name not in (labels := [step.label for step in pipelines.compilation()]):
         raise OptionError(f"--stop-after {name}: no such pass; choose one of {', '.join(labels)}.")
 
 
@@ -93,12 +108,17 @@ def _check_positive(*limits: tuple[str, int | None]) -> None:
 
 
 def _compile(model: str, target: str, output: Path, options: Options) -> tuple[Result, float]:
-    from atomc.cli.console import stages
+    from atomc.cli.console import stages, stderr
     from atomc.compiler import compile_model
 
     start = time.perf_counter()
-    with stages() as progress:
-        result = compile_model(model, target, output, options, progress)
+    try:
+        with stages() as progress:
+            result = compile_model(model, target, output, options, progress)
+    except BaseException as error:
+        for note in getattr(error, "__notes__", ()):  # the finished shards that it leaves take room on the disk
+            stderr().print(note, soft_wrap=True, markup=False)
+        raise
     return result, time.perf_counter() - start
 
 
@@ -129,10 +149,31 @@ def _summary(result: Result, seconds: float) -> dict[str, Any]:
         "state_bytes_per_request": state.request,
         "state_bytes_per_1024_tokens": state.per_1024_tokens,
         "artifact_bytes": result.bytes,
+        "packed": _packed(result),
         "max_context": serving.max_context,
         "max_batch_tokens": serving.max_batch_tokens,
         "max_requests": serving.max_requests,
     }
+
+
+def _packed(result: Result) -> dict[str, Any] | None:
+    """What writing the weights took; None with --no-weights."""
+    if (packed := result.packed) is None:
+        return None
+    return {
+        "bytes": packed.bytes, "seconds": round(packed.seconds, 3), "mb_per_second": round(packed.mb_per_second, 1),
+        "shards": packed.shards, "resumed_shards": packed.resumed,
+    }  # fmt: skip
+
+
+def _packing(packed: dict[str, Any]) -> str:
+    from atomc.artifact.facts import bytes_text
+    from atomc.pack import shards_text
+
+    new, resumed = packed["shards"] - packed["resumed_shards"], packed["resumed_shards"]
+    wrote = f"{shards_text(new)}, {bytes_text(packed['bytes'])} in {packed['seconds']:.1f} s"
+    rate = f" ({packed['mb_per_second']:,.0f} MB/s)" if new else ""
+    return wrote + rate + (f"; {shards_text(resumed)} taken over from an interrupted compile" if resumed else "")
 
 
 def _peak_rss() -> int:
@@ -162,6 +203,7 @@ def _show(result: Result, summary: dict[str, Any], options: Options) -> None:
             ("a step's memory", f"arena {sizes['arena_bytes']}, values {sizes['values_bytes']}"),
             ("a request's state",
              f"{sizes['state_bytes_per_request']} + {sizes['state_bytes_per_1024_tokens']} per 1,024 tokens"),
+            *([("packing", _packing(summary["packed"]))] if summary["packed"] else []),
             ("artifact", f"{summary['output']}, {sizes['artifact_bytes']}"),
             ("sha256", summary["sha256"]),
         ]  # fmt: skip

@@ -52,7 +52,7 @@ def _explanation(what: str) -> Explanation:
     from atomc.compiler import Options, compile_model
     from atomc.passes import pipelines
 
-    last = pipelines.fusion()[-1].label
+    last = pipelines.compilation()[-1].label
     weights = Path(what).is_dir() and any(Path(what).glob("*.safetensors"))
     with stages() as progress:
         options = Options(with_weights=weights, stop_after=last)

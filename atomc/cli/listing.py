@@ -52,7 +52,7 @@ def passes_command(as_json: JsonOption = False) -> None:
     from atomc.cli.console import emit_json, stdout, table
     from atomc.passes import pipelines
 
-    pipeline = pipelines.fusion()
+    pipeline = pipelines.compilation()
     rows = [(str(number), step.label, contract(step)) for number, step in enumerate(pipeline, start=1)]
     if as_json:
         emit_json(

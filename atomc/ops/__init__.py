@@ -9,8 +9,10 @@ from atomc.ops import (
     hyper_connection,
     indexer,
     norm,
+    quantize,
     rope,
     router,
+    scaled,
 )
 from atomc.ops import cpu as _cpu  # noqa: F401  after the operators it implements
 from atomc.ops.batch import Batch
@@ -28,6 +30,8 @@ __all__ = [
     "hyper_connection",
     "indexer",
     "norm",
+    "quantize",
     "rope",
     "router",
+    "scaled",
 ]

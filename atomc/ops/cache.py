@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from atomc.formats import RowLayout
+from atomc.formats.rows import Records
 from atomc.ops.norm import rms_norm
+from atomc.ops.quantize import pack_rows
 from atomc.ops.registry import define, no_output
 from atomc.ops.rope import rope
 
@@ -37,9 +40,56 @@ def cache_insert(
     cache.view(-1, cache.shape[-1]).index_copy_(0, flat, x.to(cache.dtype))
 
 
+def insert(
+    cache: torch.Tensor,
+    x: torch.Tensor,
+    table: torch.Tensor,
+    requests: torch.Tensor,
+    positions: torch.Tensor,
+    rows: str,
+) -> None:
+    """`cache_insert`, or `pack_rows` and `packed_insert` where `rows` names a row layout."""
+    if rows:
+        packed_insert(cache, pack_rows(x, rows), table, requests, positions, rows)
+    else:
+        cache_insert(cache, x, table, requests, positions)
+
+
+def page_rows(cache: torch.Tensor, rows: str) -> int:
+    """Rows of a page: of a plain cache [pages, page, d], or of a packed one [pages, page bytes] in layout `rows`."""
+    return RowLayout.parse(rows).rows_of(cache.shape[1]) if rows else cache.shape[1]
+
+
+def gather_rows(cache: torch.Tensor, flat: torch.Tensor, rows: str) -> torch.Tensor:
+    """float32 cache rows [..., d] at flat row numbers [...]; `rows` as in `page_rows`."""
+    if rows:
+        return RowLayout.parse(rows).load(cache, flat)
+    return cache.view(-1, cache.shape[-1])[flat].float()
+
+
+@define(
+    "packed_insert(Tensor(a!) cache, Tensor packed, Tensor table, Tensor requests, Tensor positions, str rows) -> ()",
+    tokens="packed",
+    spec="4.2, 6.1 K9",
+    fake=no_output,
+)
+def packed_insert(
+    cache: torch.Tensor,
+    packed: torch.Tensor,
+    table: torch.Tensor,
+    requests: torch.Tensor,
+    positions: torch.Tensor,
+    rows: str,
+) -> None:
+    """`cache_insert` of rows that `pack_rows` made, into pages [pages, page bytes] of row layout `rows`."""
+    layout = RowLayout.parse(rows)
+    flat = physical_rows(table, requests, positions, layout.rows_of(cache.shape[1]))
+    layout.store(cache, flat, Records(packed[:, : layout.body_bytes], packed[:, layout.body_bytes :]))
+
+
 @define(
     "qk_norm_rope_insert(Tensor q, Tensor kv, Tensor cos, Tensor sin, float eps, Tensor(a!) cache, Tensor table,"
-    " Tensor requests, Tensor positions) -> Tensor",
+    ' Tensor requests, Tensor positions, str rows="") -> Tensor',
     tokens="q",
     spec="2.3, 6.1 K9",
     fake=lambda q, *_, **__: torch.empty_like(q),
@@ -54,11 +104,12 @@ def qk_norm_rope_insert(
     table: torch.Tensor,
     requests: torch.Tensor,
     positions: torch.Tensor,
+    rows: str = "",
 ) -> torch.Tensor:
     """Per-head q norm and RoPE of q [T, H, dh]; RoPE of kv [T, dh] (already normed) and its insertion as window rows.
 
     Args:
-        cos, sin: [T, rd/2] fp32.
+        cos, sin: [T, rd/2] fp32. rows: the row layout of a packed cache; empty where it is plain.
     """
-    cache_insert(cache, rope(kv, cos, sin, False), table, requests, positions)
+    insert(cache, rope(kv, cos, sin, False), table, requests, positions, rows)
     return rope(rms_norm(q, None, eps), cos.unsqueeze(-2), sin.unsqueeze(-2), False)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from atomc.ops.cache import cache_insert
+from atomc.ops.cache import cache_insert, packed_insert
 from atomc.ops.norm import rms_norm
+from atomc.ops.quantize import hadamard, pack_rows
 from atomc.ops.registry import define, no_output
 from atomc.ops.rope import rope
 
@@ -131,9 +132,32 @@ def compressed_insert(
 
 
 @define(
+    "compressed_packed_insert(Tensor(a!) cache, Tensor packed, Tensor table, Tensor ends, Tensor positions,"
+    " Tensor requests, int ratio, str rows) -> ()",
+    tokens="packed",
+    spec="4.2, 6.1 K11",
+    fake=no_output,
+)
+def compressed_packed_insert(
+    cache: torch.Tensor,
+    packed: torch.Tensor,
+    table: torch.Tensor,
+    ends: torch.Tensor,
+    positions: torch.Tensor,
+    requests: torch.Tensor,
+    ratio: int,
+    rows: str,
+) -> None:
+    """`compressed_insert` of rows that `pack_rows` made, into pages [pages, page bytes] of row layout `rows`."""
+    request = requests[ends.clamp(min=0)]
+    packed_insert(cache, packed, table, request, _rows_of(ends, positions, ratio), rows)
+
+
+@define(
     "compressor_pool_norm_rope_insert(Tensor kv, Tensor gate, Tensor ape, Tensor state, Tensor weight, float eps,"
     " Tensor cos, Tensor sin, Tensor(a!) cache, Tensor table, Tensor ends, Tensor positions, Tensor requests,"
-    " Tensor query_start, Tensor slots, int ratio, bool overlap) -> ()",
+    " Tensor query_start, Tensor slots, int ratio, bool overlap, ScalarType dtype, bool rotate=False,"
+    ' str rows="") -> ()',
     tokens="ends",
     spec="2.5, 2.6, 6.1 K11",
     fake=no_output,
@@ -156,12 +180,35 @@ def compressor_pool_norm_rope_insert(
     slots: torch.Tensor,
     ratio: int,
     overlap: bool,
+    dtype: torch.dtype,
+    rotate: bool = False,
+    rows: str = "",
 ) -> None:
     """Pool the completed windows, RMSNorm with `weight` [d], RoPE at the window's first position, store.
 
     Args:
         cos, sin: [N, rd/2] fp32, of the positions of the windows' first tokens.
+        dtype: of the pooled row before its norm, the compute dtype.
+        rotate: apply the Hadamard rotation before storing (index rows that are quantised, spec 2.7).
+        rows: the row layout of a packed cache; empty where it is plain.
     """
     pooled = compressor_pool(kv, gate, ape, state, ends, positions, requests, query_start, slots, overlap)
-    row = rope(rms_norm(pooled.to(cache.dtype), weight, eps), cos, sin, False)
-    compressed_insert(cache, row, table, ends, positions, requests, ratio)
+    row = rope(rms_norm(pooled.to(dtype), weight, eps), cos, sin, False)
+    store_compressed(cache, hadamard(row) if rotate else row, table, ends, positions, requests, ratio, rows)
+
+
+def store_compressed(
+    cache: torch.Tensor,
+    row: torch.Tensor,
+    table: torch.Tensor,
+    ends: torch.Tensor,
+    positions: torch.Tensor,
+    requests: torch.Tensor,
+    ratio: int,
+    rows: str,
+) -> None:
+    """`compressed_insert`, or `pack_rows` and `compressed_packed_insert` where `rows` names a row layout."""
+    if rows:
+        compressed_packed_insert(cache, pack_rows(row, rows), table, ends, positions, requests, ratio, rows)
+    else:
+        compressed_insert(cache, row, table, ends, positions, requests, ratio)

@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 
 from atomc.ops.attention import sparse_attention
-from atomc.ops.cache import physical_rows
-from atomc.ops.compressor import compressed_insert, compressor_pool
+from atomc.ops.cache import gather_rows, insert, page_rows, physical_rows
+from atomc.ops.compressor import compressor_pool, store_compressed
 from atomc.ops.compressor import compressor_update as reference_update
-from atomc.ops.hyper_connection import Pre
+from atomc.ops.hyper_connection import Pre, Quantised
 from atomc.ops.indexer import index_topk, select
+from atomc.ops.quantize import Pair, dequantize, hadamard, quantize
 from atomc.ops.registry import implement_cpu
 
 GATHERED_KEYS = 1 << 20  # elements of index keys gathered for all tokens at once; longer contexts go by request
@@ -39,6 +40,14 @@ def rms_norm_pair(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `atomc.ops.norm.rms_norm_pair`."""
     return rms_norm(q, q_weight, eps), rms_norm(kv, kv_weight, eps)
+
+
+@implement_cpu("rms_norm_pair_quant")
+def rms_norm_pair_quant(
+    q: torch.Tensor, q_weight: torch.Tensor, kv: torch.Tensor, kv_weight: torch.Tensor, eps: float, layout: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See `atomc.ops.norm.rms_norm_pair_quant`."""
+    return *quantize(rms_norm(q, q_weight, eps), layout), rms_norm(kv, kv_weight, eps)
 
 
 def turn_(x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
@@ -146,19 +155,27 @@ def hc_post_pre_norm(
     return h, *hc_pre_norm(h, fn, base, scale, weight, norm_eps, hc_eps, iters)
 
 
+@implement_cpu("hc_post_pre_norm_quant")
+def hc_post_pre_norm_quant(
+    h: torch.Tensor, y: torch.Tensor, post: torch.Tensor, comb: torch.Tensor, fn: torch.Tensor, base: torch.Tensor,
+    scale: torch.Tensor, weight: torch.Tensor, norm_eps: float, hc_eps: float, iters: int, layout: str,
+) -> Quantised:  # fmt: skip
+    """See `atomc.ops.hyper_connection.hc_post_pre_norm_quant`."""
+    results = hc_post_pre_norm(h, y, post, comb, fn, base, scale, weight, norm_eps, hc_eps, iters)
+    return *results, *quantize(results[1], layout)
+
+
 # -- caches ------------------------------------------------------------------------------------------------------------
 
 
 @implement_cpu("qk_norm_rope_insert")
 def qk_norm_rope_insert(
     q: torch.Tensor, kv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, eps: float, cache: torch.Tensor,
-    table: torch.Tensor, requests: torch.Tensor, positions: torch.Tensor,
+    table: torch.Tensor, requests: torch.Tensor, positions: torch.Tensor, rows: str = "",
 ) -> torch.Tensor:  # fmt: skip
     """See `atomc.ops.cache.qk_norm_rope_insert`."""
     turns = torch.complex(cos, sin)
-    rows = turn_(kv.clone(memory_format=torch.contiguous_format), turns).to(cache.dtype)
-    flat = physical_rows(table, requests, positions, cache.shape[1])
-    cache.view(-1, cache.shape[-1]).index_copy_(0, flat, rows)
+    insert(cache, turn_(kv.clone(memory_format=torch.contiguous_format), turns), table, requests, positions, rows)
     return turn_(rms_norm(q, None, eps), turns.unsqueeze(1))
 
 
@@ -167,15 +184,15 @@ def compressor_pool_norm_rope_insert(
     kv: torch.Tensor, gate: torch.Tensor, ape: torch.Tensor, state: torch.Tensor, weight: torch.Tensor, eps: float,
     cos: torch.Tensor, sin: torch.Tensor, cache: torch.Tensor, table: torch.Tensor, ends: torch.Tensor,
     positions: torch.Tensor, requests: torch.Tensor, query_start: torch.Tensor, slots: torch.Tensor, ratio: int,
-    overlap: bool,
+    overlap: bool, dtype: torch.dtype, rotate: bool = False, rows: str = "",
 ) -> None:  # fmt: skip
     """See `atomc.ops.compressor.compressor_pool_norm_rope_insert`; most decode steps complete no window."""
     done = ends >= 0
     if not bool(done.any()):
         return
     pooled = compressor_pool(kv, gate, ape, state, ends, positions, requests, query_start, slots, overlap)
-    row = turn_(rms_norm(pooled.to(cache.dtype), weight, eps), torch.complex(cos, sin))
-    compressed_insert(cache, row, table, ends, positions, requests, ratio)
+    row = turn_(rms_norm(pooled.to(dtype), weight, eps), torch.complex(cos, sin))
+    store_compressed(cache, hadamard(row) if rotate else row, table, ends, positions, requests, ratio, rows)
 
 
 @implement_cpu("compressor_update")
@@ -199,18 +216,20 @@ def compressor_update(
 def index_rope_topk(
     q: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, weights: torch.Tensor, cache: torch.Tensor,
     table: torch.Tensor, requests: torch.Tensor, positions: torch.Tensor, query_start: torch.Tensor, ratio: int,
-    topk: int,
+    topk: int, rows: str = "", layout: str = "",
 ) -> torch.Tensor:  # fmt: skip
     """See `atomc.ops.indexer.index_rope_topk`; tokens of short contexts are scored together, whatever their request."""
     turned = turn_(q.clone(memory_format=torch.contiguous_format), torch.complex(cos, sin).unsqueeze(1))
+    if layout:
+        turned = dequantize(*quantize(hadamard(turned), layout), layout, q.dtype)
     visible = (positions + 1).div_(ratio, rounding_mode="floor")
     most = int(visible.max())
     if most * q.shape[0] * q.shape[-1] > GATHERED_KEYS:
-        return index_topk(turned, weights, cache, table, requests, positions, query_start, ratio, topk)
+        return index_topk(turned, weights, cache, table, requests, positions, query_start, ratio, topk, rows)
     if most == 0:
         return torch.full((q.shape[0], topk), -1, dtype=torch.int32)
-    flat = physical_rows(table, requests.unsqueeze(1), torch.arange(most), cache.shape[1])
-    keys = cache.view(-1, cache.shape[-1])[flat].float()  # [T, most, di]; rows out of sight are masked
+    flat = physical_rows(table, requests.unsqueeze(1), torch.arange(most), page_rows(cache, rows))
+    keys = gather_rows(cache, flat, rows)  # [T, most, di]; rows out of sight are masked
     scores = torch.bmm(weights.float().unsqueeze(1), torch.bmm(turned.float(), keys.transpose(1, 2)).relu_())
     return select(scores.squeeze(1), visible, topk).int()
 
@@ -220,12 +239,28 @@ def sparse_attention_inverse_rope(
     q: torch.Tensor, window: torch.Tensor, window_table: torch.Tensor, cache: torch.Tensor | None,
     block_table: torch.Tensor, topk: torch.Tensor | None, sink: torch.Tensor, requests: torch.Tensor,
     positions: torch.Tensor, scale: float, window_size: int, ratio: int, cos: torch.Tensor, sin: torch.Tensor,
+    rows: str = "",
 ) -> torch.Tensor:  # fmt: skip
     """See `atomc.ops.attention.sparse_attention_inverse_rope`."""
     out = sparse_attention(
-        q, window, window_table, cache, block_table, topk, sink, requests, positions, scale, window_size, ratio
+        q, window, window_table, cache, block_table, topk, sink, requests, positions, scale, window_size, ratio, rows
     )
     return turn_(out, torch.complex(cos, -sin).unsqueeze(1))
+
+
+@implement_cpu("sparse_attention_inverse_rope_quant")
+def sparse_attention_inverse_rope_quant(
+    q: torch.Tensor, window: torch.Tensor, window_table: torch.Tensor, cache: torch.Tensor | None,
+    block_table: torch.Tensor, topk: torch.Tensor | None, sink: torch.Tensor, requests: torch.Tensor,
+    positions: torch.Tensor, scale: float, window_size: int, ratio: int, cos: torch.Tensor, sin: torch.Tensor,
+    rows: str, groups: int, layout: str,
+) -> Pair:  # fmt: skip
+    """See `atomc.ops.attention.sparse_attention_inverse_rope_quant`."""
+    out = sparse_attention_inverse_rope(
+        q, window, window_table, cache, block_table, topk, sink, requests, positions, scale, window_size, ratio,
+        cos, sin, rows,
+    )  # fmt: skip
+    return quantize(out.flatten(-2).unflatten(-1, (groups, -1)), layout)
 
 
 # -- experts -----------------------------------------------------------------------------------------------------------
@@ -235,7 +270,24 @@ def sparse_attention_inverse_rope(
 def moe_experts(
     x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor, limit: float
 ) -> torch.Tensor:
-    """See `atomc.ops.experts.moe_experts`: (token, choice) pairs sorted by expert, one product a used expert."""
+    """See `atomc.ops.experts.moe_experts`."""
+    return _experts(x, w13, w2, indices, weights, limit, "")
+
+
+@implement_cpu("moe_experts_quant")
+def moe_experts_quant(
+    codes: torch.Tensor, scales: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, indices: torch.Tensor,
+    weights: torch.Tensor, limit: float, layout: str, inner_layout: str, dtype: torch.dtype,
+) -> torch.Tensor:  # fmt: skip
+    """See `atomc.ops.scaled.moe_experts_quant`."""
+    return _experts(dequantize(codes, scales, layout, dtype), w13, w2, indices, weights, limit, inner_layout)
+
+
+def _experts(
+    x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor, limit: float,
+    inner_layout: str,
+) -> torch.Tensor:  # fmt: skip
+    """(token, choice) pairs sorted by expert, one product a used expert; what enters w2 in `inner_layout`, if any."""
     count, k = indices.shape
     width = w13.shape[1] // 2
     flat = indices.flatten()
@@ -246,8 +298,11 @@ def moe_experts(
     _grouped_mm(rows, w13, groups, hidden)
     gate, up = hidden[:, :width].float(), hidden[:, width:].float()
     a = F.silu(gate.clamp(max=limit)).mul_(up.clamp(-limit, limit)).mul_(weights.flatten()[order].unsqueeze(1))
+    a = a.to(x.dtype)
+    if inner_layout:
+        a = dequantize(*quantize(a, inner_layout), inner_layout, x.dtype)
     out = x.new_empty((count * k, x.shape[1]))
-    _grouped_mm(a.to(x.dtype), w2, groups, out)
+    _grouped_mm(a, w2, groups, out)
     # Back in the order of choices, so that the sum is the reference's.
     chosen = torch.empty_like(out).index_copy_(0, order, out)
     return chosen.view(count, k, -1).float().sum(dim=1)

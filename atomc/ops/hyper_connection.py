@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from atomc.ops.norm import rms_norm
+from atomc.ops.quantize import pair_like, quantize
 from atomc.ops.registry import define
 
 Pre = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -144,6 +145,42 @@ def hc_post_pre_norm(
     h = hc_post(h, y, post, comb)
     x, post, comb = hc_pre_norm(h, fn, base, scale, weight, norm_eps, hc_eps, iters)
     return h, x, post, comb
+
+
+Quantised = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def _post_pre_quant_fake(h: torch.Tensor, *args: object) -> Quantised:
+    layout = args[-1]
+    assert isinstance(layout, str)
+    return *_post_pre_fake(h), *pair_like(h, (*h.shape[:-2], h.shape[-1]), layout)
+
+
+@define(
+    "hc_post_pre_norm_quant(Tensor h, Tensor y, Tensor post, Tensor comb, Tensor fn, Tensor base, Tensor scale,"
+    " Tensor weight, float norm_eps, float hc_eps, int iters, str layout)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tokens="h",
+    spec="3.4, 6.1 K4",
+    fake=_post_pre_quant_fake,
+)
+def hc_post_pre_norm_quant(
+    h: torch.Tensor,
+    y: torch.Tensor,
+    post: torch.Tensor,
+    comb: torch.Tensor,
+    fn: torch.Tensor,
+    base: torch.Tensor,
+    scale: torch.Tensor,
+    weight: torch.Tensor,
+    norm_eps: float,
+    hc_eps: float,
+    iters: int,
+    layout: str,
+) -> Quantised:
+    """`hc_post_pre_norm`, the normed input also quantised: -> its four results, then codes and scales of x."""
+    results = hc_post_pre_norm(h, y, post, comb, fn, base, scale, weight, norm_eps, hc_eps, iters)
+    return *results, *quantize(results[1], layout)
 
 
 @define(

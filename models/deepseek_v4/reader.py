@@ -10,10 +10,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from atomc.errors import CheckpointError
+from atomc.formats import FP8_TILE
 from atomc.models.deepseek_v4.hf_names import official_name, stacked_experts
 from atomc.models.deepseek_v4.schema import Storage
 from atomc.models.deepseek_v4.shards import scan
-from atomc.ops.formats import TILE
 from atomc.recipes import TensorSpec
 
 _PLAIN = (torch.bfloat16, torch.float32)
@@ -59,7 +59,7 @@ class CheckpointReader:
             self.problems.append(f"{stored} ({file.name}): shape {list(spec.shape)} is no stack of {projections}")
             return
         if kind == "scale" and len(projections) == 2 and self._straddles(stored, spec, tensors):
-            why = f"one scale tile covers rows of both w1 and w3 (their row count is no multiple of {TILE})"
+            why = f"one scale tile covers rows of both w1 and w3 (their row count is no multiple of {FP8_TILE.rows})"
             self.problems.append(f"{stored} ({file.name}): {why}")
             return
         rows = spec.shape[1] // len(projections)
@@ -77,7 +77,7 @@ class CheckpointReader:
         if found is None or len(found[1].shape) != 3:  # a problem of its own
             return False
         rows = found[1].shape[1]
-        return rows != scale.shape[1] and rows // 2 % TILE != 0
+        return rows != scale.shape[1] and rows // 2 % FP8_TILE.rows != 0
 
     def _place(self, name: str, location: _Location) -> None:
         if name in self._locations:
@@ -107,11 +107,14 @@ class CheckpointReader:
         return location.file.name if same else f"{location.file.name}, as {location.stored}"
 
     def storage(self, name: str) -> Storage:
-        """How the weight `name` is stored: "plain" (bfloat16 or float32, no scale), else "fp4" (int8) or "fp8"."""
+        """How the weight `name` is stored: "plain" (bfloat16 or float32, no scale), "fp4" (int8), "fp8", "fp8_f32"."""
         spec = self._find(name).spec
         if spec.dtype in _PLAIN:
             return "plain"
-        return "fp4" if spec.dtype == torch.int8 else "fp8"
+        if spec.dtype == torch.int8:
+            return "fp4"
+        scale = self._find(name.removesuffix("weight") + "scale").spec
+        return "fp8" if scale.dtype == torch.float8_e8m0fnu else "fp8_f32"
 
     def load(self, name: str) -> Tensor:
         """The tensor as stored, on the CPU. Raises `CheckpointError` if it is not there or its file is damaged."""

@@ -6,16 +6,16 @@ from typing import Final, Literal, TypeAlias
 
 import torch
 
+from atomc.formats import FP8_TILE, MXFP4, Layout
 from atomc.models.deepseek_v4.config import DeepseekV4Config
-from atomc.ops.formats import GROUP, TILE
 from atomc.recipes import TensorSpec
 
 __all__ = ["Entry", "Storage", "TensorSpec", "entries", "expected_tensors", "stored_problem", "stored_specs"]
 
 # How a release stores a tensor. fp8 and fp4 entries are a weight and a scale tensor.
 EntryFormat: TypeAlias = Literal["fp8", "fp4", "bf16", "f32", "i64"]
-# How a checkpoint at hand stores a linear weight: quantised, or in full with no scale.
-Storage: TypeAlias = Literal["fp8", "fp4", "plain"]
+# How a checkpoint at hand stores a linear weight: quantised (fp8_f32: FP8 with float32 scales), or in full, no scale.
+Storage: TypeAlias = Literal["fp8", "fp8_f32", "fp4", "plain"]
 
 _PLAIN_DTYPES: Final = (torch.bfloat16, torch.float32)
 _DTYPES: Final[dict[EntryFormat, tuple[torch.dtype, ...]]] = {
@@ -23,6 +23,7 @@ _DTYPES: Final[dict[EntryFormat, tuple[torch.dtype, ...]]] = {
     "f32": (torch.float32, torch.bfloat16),
     "i64": (torch.int64, torch.int32),
 }
+_LAYOUTS: Final[dict[EntryFormat, Layout]] = {"fp8": FP8_TILE, "fp4": MXFP4}
 _SCALE_DTYPES: Final[dict[EntryFormat, tuple[torch.dtype, ...]]] = {
     "fp8": (torch.float8_e8m0fnu, torch.float32),
     "fp4": (torch.float8_e8m0fnu,),
@@ -43,7 +44,7 @@ class Entry:
 
     @property
     def quantized(self) -> bool:
-        return self.format in ("fp8", "fp4")
+        return self.format in _LAYOUTS
 
 
 def entries(config: DeepseekV4Config) -> Iterator[Entry]:
@@ -152,16 +153,15 @@ def _dspark(config: DeepseekV4Config) -> Iterator[Entry]:
 
 def stored_specs(entry: Entry, scale_dtype: torch.dtype = torch.float8_e8m0fnu) -> dict[str, TensorSpec]:
     """The one or two tensors a release stores for an entry."""
-    shape = entry.shape
-    if entry.format == "fp8":
-        tiles = tuple(-(-size // TILE) for size in shape)
-        weight = TensorSpec(shape, torch.float8_e4m3fn)
-        return {entry.name: weight, entry.scale_name: TensorSpec(tiles, scale_dtype)}
-    if entry.format == "fp4":
-        weight = TensorSpec((shape[0], shape[1] // 2), torch.int8)
-        scale = TensorSpec((shape[0], shape[1] // GROUP), torch.float8_e8m0fnu)
-        return {entry.name: weight, entry.scale_name: scale}
-    return {entry.name: TensorSpec(shape, _DTYPES[entry.format][0])}
+    shape, layout = entry.shape, _LAYOUTS.get(entry.format)
+    if layout is None:
+        return {entry.name: TensorSpec(shape, _DTYPES[entry.format][0])}
+    return {
+        entry.name: TensorSpec(layout.code_shape(shape), layout.element.storage),
+        entry.scale_name: TensorSpec(
+            layout.scale_shape(shape), scale_dtype if entry.format == "fp8" else layout.scale_dtype
+        ),
+    }
 
 
 def expected_tensors(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from atomc.formats import FP4_ACTIVATION, FP8_ACTIVATION, FP8_INDEX, FP8_ROW_CHANNELS, RowLayout, hadamard_matrix
 from atomc.models.deepseek_v4.config import DeepseekV4Config
 
 Pool = Literal["window_pages", "blocks", "slots"]
@@ -54,3 +55,32 @@ def layer_state(config: DeepseekV4Config, ratio: int, paging: Paging, dtype: str
             StateSpec("index_partial", "slots", (ring, 2, 2 * di), "float32"),
         ]
     return specs
+
+
+def row_layouts(config: DeepseekV4Config, rows: str, index_rows: str, dtype: str) -> tuple[dict[str, str], str]:
+    """How caches are stored: state field -> text of its row layout (plain ones left out); and that of index queries.
+
+    Args:
+        rows: `compute`, `bf16`, `fp8`. index_rows: these and `mxfp4`. dtype: the compute dtype.
+    Raises:
+        ValueError: index rows cannot be rotated, which quantised ones are (spec 2.7).
+    """
+    dh, di, rope = config.head_dim, config.index_head_dim, config.qk_rope_head_dim
+    bf16 = "" if dtype == "bfloat16" else "bf16"
+    main = {"compute": "", "bf16": bf16 and str(RowLayout(0, None, dh)),
+            "fp8": str(RowLayout(dh - rope, FP8_ROW_CHANNELS, rope))}[rows]  # fmt: skip
+    if index_rows in ("fp8", "mxfp4"):
+        hadamard_matrix(di)
+    index, query = {
+        "compute": ("", ""), "bf16": (bf16 and str(RowLayout(0, None, di)), ""),
+        "fp8": (str(RowLayout(di, FP8_INDEX, 0)), str(FP8_ACTIVATION)),
+        "mxfp4": (str(RowLayout(di, FP4_ACTIVATION, 0)), str(FP4_ACTIVATION)),
+    }[index_rows]  # fmt: skip
+    layouts = {"window": main, "rows": main, "index_rows": index}
+    return {name: text for name, text in layouts.items() if text}, query
+
+
+def fnuz_rows(text: str) -> str:
+    """A row layout in the FNUZ dialect of FP8: the same numbers."""
+    layout = RowLayout.parse(text)
+    return str(RowLayout(layout.narrow, layout.layout.fnuz() if layout.layout else None, layout.wide))

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from atomc.errors import CheckpointError
+from atomc.formats.scale import E8M0_NAN
 from atomc.models.deepseek_v4.config import DeepseekV4Config
 from atomc.models.deepseek_v4.reader import CheckpointReader
 from atomc.models.deepseek_v4.schema import Entry, Storage, entries, stored_problem, stored_specs
-from atomc.ops.formats import E8M0_NAN
 
 _SUM_LINE = re.compile(r"(?P<hash>[0-9a-fA-F]{64})(?:\s+\*?(?P<file>\S.*))?")
 

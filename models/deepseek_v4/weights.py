@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from atomc.errors import RecipeError
+from atomc.formats import FP8_TILE, FP8_TILE_F32, MXFP4, Layout
 from atomc.models.deepseek_v4.config import DeepseekV4Config
 from atomc.models.deepseek_v4.layers import inverse_frequencies
 from atomc.models.deepseek_v4.reader import CheckpointReader
@@ -30,6 +31,7 @@ from atomc.recipes import (
 )
 
 ComputeDType: TypeAlias = Literal["float32", "bfloat16"]
+_LAYOUTS: Final[dict[Storage, Layout]] = {"fp8": FP8_TILE, "fp8_f32": FP8_TILE_F32, "fp4": MXFP4}
 
 # Linears a release quantises: in the compute dtype.
 _QUANTIZED: Final = re.compile(
@@ -92,7 +94,7 @@ def _linear(name: str, dtype: ComputeDType, stored: Storage) -> Recipe:
     if stored == "plain":
         return Cast(weight, dtype)
     scale = Load(name.removesuffix("weight") + "scale")
-    return Dequantize(weight, scale, "fp8_block128" if stored == "fp8" else "fp4_group32", dtype)
+    return Dequantize(weight, scale, str(_LAYOUTS[stored]), dtype)
 
 
 def _experts(config: DeepseekV4Config, projections: tuple[str, ...], dtype: ComputeDType, stored: Storage) -> Recipe:

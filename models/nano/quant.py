@@ -1,23 +1,21 @@
 """Weight formats of the checkpoint, scales being powers of two: FP8 e4m3 per 128x128 tile, FP4 e2m1 per 32 columns."""
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Final, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from atomc.formats import FP8_TILE, MXFP4, dequantize, quantize
+from atomc.formats.element import encode_e2m1, pack_e2m1
+from atomc.formats.layout import scales_of
+from atomc.formats.scale import store_scale
 from atomc.models.nano.weights import WeightSpec
 
-TILE = 128
-GROUP = 32
-E4M3_MAX = 448.0
-E2M1_MAX = 6.0
-E8M0_BIAS = 127
-
-# Twice the magnitude of an e2m1 value (0, 1, 2, 3, 4, 6, 8, 12) -> its three-bit code.
-_E2M1_CODE = torch.tensor([0, 1, 2, 3, 4, 0, 5, 0, 6, 0, 0, 0, 7], dtype=torch.uint8)
-_E2M1_VALUE = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+# With a floor where the least scale begins: blocks of zeros have that one, byte 1, in what was shipped.
+_FP8: Final = replace(FP8_TILE, floor=FP8_TILE.top * 2.0**-126)
+_FP4: Final = replace(MXFP4, floor=MXFP4.top * 2.0**-126)
 
 
 class Quantized(NamedTuple):
@@ -27,61 +25,33 @@ class Quantized(NamedTuple):
     scale: Tensor
 
 
-def _exponent_above(amax: Tensor, largest: float) -> Tensor:
-    """ceil(log2(amax / largest)), exactly, as int32; the smallest exponent of E8M0 where amax is zero."""
-    mantissa, exponent = torch.frexp(amax.float() / largest)
-    exponent = torch.where(mantissa == 0.5, exponent - 1, exponent)
-    return torch.where(amax > 0, exponent, 1 - E8M0_BIAS).clamp(1 - E8M0_BIAS, E8M0_BIAS)
-
-
-def _to_e8m0(exponent: Tensor) -> Tensor:
-    return (exponent + E8M0_BIAS).to(torch.uint8).view(torch.float8_e8m0fnu)
-
-
-def _from_e8m0(scale: Tensor) -> Tensor:
-    return torch.exp2((scale.view(torch.uint8).int() - E8M0_BIAS).float())
-
-
-def _tile_exponent(weight_oi: Tensor) -> Tensor:
-    o, i = weight_oi.shape
-    padded = F.pad(weight_oi.abs(), (0, -i % TILE, 0, -o % TILE))
-    return _exponent_above(padded.unflatten(0, (-1, TILE)).unflatten(2, (-1, TILE)).amax((1, 3)), E4M3_MAX)
-
-
-def _spread_tiles(scale: Tensor, shape: torch.Size) -> Tensor:
-    return scale.repeat_interleave(TILE, 0)[: shape[0]].repeat_interleave(TILE, 1)[:, : shape[1]]
-
-
 def quantize_fp8(weight_oi: Tensor) -> Quantized:
     """Of `[o, i]`; edge tiles may be smaller."""
-    exponent = _tile_exponent(weight_oi)
-    scale = _spread_tiles(torch.exp2(exponent.float()), weight_oi.shape)
-    return Quantized((weight_oi.float() / scale).to(torch.float8_e4m3fn), _to_e8m0(exponent))
+    return Quantized(*quantize(weight_oi, _FP8))
 
 
 def dequantize_fp8(q: Quantized) -> Tensor:
     """fp32 `[o, i]`."""
-    return q.values.float() * _spread_tiles(_from_e8m0(q.scale), q.values.shape)
+    return dequantize(*q, FP8_TILE)
 
 
 def _round_e2m1(x: Tensor) -> Tensor:
-    """Nearest e2m1 value, ties to even, saturating."""
+    """Nearest e2m1 value, ties to even, saturating: no table, so that a CUDA graph can hold it."""
     magnitude = x.abs()
     step = torch.where(magnitude < 2, 0.5, torch.where(magnitude < 4, 1.0, 2.0))
-    return ((magnitude / step).round() * step).clamp(max=E2M1_MAX).copysign(x)
+    return ((magnitude / step).round() * step).clamp(max=MXFP4.top).copysign(x)
 
 
 def _round_fp4(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """e2m1 values `[..., i/32, 32]` and scale exponents `[..., i/32, 1]`.
+    """e2m1 values `[..., i/32, 32]` and fp32 scales `[..., i/32, 1]`.
 
-    Of the exponent that avoids saturation and the one below it, each group takes the one with the smaller square error.
+    Of the scale that avoids saturation and half of it, each group takes the one with the smaller square error.
     """
-    groups = weight.float().unflatten(-1, (-1, GROUP))
-    high = _exponent_above(groups.abs().amax(-1, keepdim=True), E2M1_MAX)
-    low = (high - 1).clamp(min=1 - E8M0_BIAS)
+    groups = weight.float().unflatten(-1, (-1, MXFP4.columns))
+    high = scales_of(groups.abs().amax(-1, keepdim=True), _FP4)
+    low = (high / 2).clamp(min=2.0**-126)
     rounded, errors = [], []
-    for exponent in (high, low):
-        scale = torch.exp2(exponent.float())
+    for scale in (high, low):
         rounded.append(_round_e2m1(groups / scale))
         errors.append((rounded[-1] * scale - groups).square().sum(-1, keepdim=True))
     take_low = errors[1] < errors[0]
@@ -90,21 +60,13 @@ def _round_fp4(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def quantize_fp4(weight: Tensor) -> Quantized:
     """The low nibble of a byte holds the even column."""
-    values, exponent = _round_fp4(weight)
-    table = _E2M1_CODE.to(weight.device)
-    code = table[(values.abs() * 2).long()] | (torch.signbit(values).to(torch.uint8) << 3)
-    low, high = code.flatten(-2).unflatten(-1, (-1, 2)).unbind(-1)
-    return Quantized((low | (high << 4)).view(torch.int8), _to_e8m0(exponent.squeeze(-1)))
+    values, scale = _round_fp4(weight)
+    return Quantized(pack_e2m1(encode_e2m1(values).flatten(-2)), store_scale(scale.squeeze(-1), MXFP4.scale))
 
 
 def dequantize_fp4(q: Quantized) -> Tensor:
     """fp32 `[..., o, i]`."""
-    packed = q.values.view(torch.uint8)
-    code = torch.stack([packed & 15, packed >> 4], -1).flatten(-2)
-    table = _E2M1_VALUE.to(packed.device)
-    values = torch.cat([table, -table])[code.long()]
-    weight: Tensor = values.unflatten(-1, (-1, GROUP)) * _from_e8m0(q.scale)[..., None]
-    return weight.flatten(-2)
+    return dequantize(*q, MXFP4)
 
 
 def round_trip(weight: Tensor, spec: WeightSpec) -> Tensor:
@@ -112,8 +74,8 @@ def round_trip(weight: Tensor, spec: WeightSpec) -> Tensor:
     if spec.format == "fp8":
         return dequantize_fp8(quantize_fp8(weight))
     if spec.format == "fp4":
-        values, exponent = _round_fp4(weight)
-        return (values * torch.exp2(exponent.float())).flatten(-2)
+        values, scale = _round_fp4(weight)
+        return (values * scale).flatten(-2)
     return weight.bfloat16().float() if spec.format == "bf16" else weight
 
 

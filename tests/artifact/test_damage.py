@@ -51,7 +51,7 @@ def test_a_damaged_manifest_is_refused(artifact: Path, tmp_path: Path) -> None:
         (folder / MANIFEST).write_bytes(whole[:size])
         with pytest.raises(ArtifactError, match=r"manifest\.json is not a valid"):
             load(folder)
-    for text in (b"\xff\xfe", b"[" * 100_000, b"null", b"{}", b'{"schema": "1"}', b'{"schema": 1}'):
+    for text in (b"\xff\xfe", b"[" * 100_000, b"null", b"{}", b'{"schema": "1"}', b'{"schema": 2}'):
         (folder / MANIFEST).write_bytes(text)
         with pytest.raises(ArtifactError, match=r"manifest\.json is not a valid"):
             load(folder)
@@ -130,7 +130,7 @@ def test_paths_that_leave_the_artifact_are_refused(artifact: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("schema", 2, "schema 2; this atomc reads 1"),
+        ("schema", 3, "schema 3; this atomc reads 2"),
         ("target", "mi355x", "compiled for mi355x"),
         ("with_weights", False, "--no-weights"),
         ("config_sha256", "0" * 64, "not the hash of config.json"),

@@ -108,10 +108,27 @@ def test_a_reshape_that_must_copy_has_a_storage_of_its_own() -> None:
 @pytest.mark.parametrize("role", ["weight", "value", "state"])
 def test_a_view_of_an_input_takes_no_memory_and_releases_nothing_of_it(role: Role) -> None:
     plan = lowered(lambda x, w: x @ w.transpose(0, 1).reshape(WIDTH, 4), x=X, w=(role, (4, WIDTH)))
-    view = slots_of(plan, "aten.transpose.int")[0]
+    steps = [*plan.prepare, *plan.steps]
+    view = next(plan.slots[s] for step in steps if step.op == "aten.transpose.int" for s in step.outputs)
     owner = next(i.slot for i in plan.inputs if i.name == "w")
-    assert (view.role, view.base, view.offset) == ("temporary", owner, None)
+    assert (view.role, view.base, view.offset) == ("prepared" if role == "weight" else "temporary", owner, None)
     assert all(owner not in s.release for s in plan.steps)
+
+
+def test_what_is_made_of_weights_alone_is_made_once() -> None:
+    def function(x: Tensor, w: Tensor, s: Tensor) -> Tensor:
+        return x @ (w * s).transpose(0, 1) + w.sum()
+
+    plan = lowered(function, x=X, w=("weight", (4, WIDTH)), s=("weight", (4, 1)))
+    assert [s.op for s in plan.prepare] == ["aten.mul.Tensor", "aten.transpose.int", "aten.sum.default"]
+    made = [plan.slots[s] for step in plan.prepare for s in step.outputs if s is not None]
+    assert {m.role for m in made} == {"prepared"} and all(m.first == -1 and m.offset is None for m in made)
+    assert not {"aten.mul.Tensor", "aten.sum.default"} & {s.op for s in plan.steps}
+
+
+def test_a_weight_that_is_returned_or_written_into_prepares_nothing() -> None:
+    plan = lowered(lambda x, w: (x.exp(), w * 2), x=X, w=("weight", (4, WIDTH)))
+    assert plan.prepare == [] and len(steps_of(plan, "aten.mul.Tensor")) == 1
 
 
 def test_a_mutated_temporary_lives_on() -> None:

@@ -83,7 +83,7 @@ def region(name: str, reads: list[str], makes: dict[str, str | None], size: int 
         outputs[made] = len(slots)
         slots.append(SlotInfo(made, "value", [size], "float32", None if base is None else outputs[base], 0, 1, None))
     inputs = [RegionInput(i, "value", n) for i, n in enumerate(reads)]
-    return RegionPlan(name, inputs, outputs, slots, [], 0)
+    return RegionPlan(name, inputs, outputs, slots, [], [], 0)
 
 
 def test_a_value_lives_until_its_last_reader() -> None:

@@ -12,11 +12,11 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from atomc.formats import FP8_TILE, MXFP4, dequantize
 from atomc.models.bundled import bundled_config
 from atomc.models.deepseek_v4.checkpoint import CheckpointReader, entries, expected_tensors, validate, write_checkpoint
 from atomc.models.deepseek_v4.config import DeepseekV4Config, load_config
 from atomc.models.deepseek_v4.shards import INDEX_NAME
-from atomc.ops.formats import dequantize_fp4, dequantize_fp8_block
 from atomc.recipes import TensorSpec
 from tests.support.tiny import TINY_DSPARK, random_checkpoint, random_tensors, same_bits, tiny_config
 
@@ -204,8 +204,8 @@ def test_some_weights_may_be_stored_in_full(tmp_path: Path) -> None:
 
 def test_dequantised_experts_are_those_that_were_quantised(sound: Path) -> None:
     reader, name = CheckpointReader(sound), "layers.4.ffn.experts.7.w2."
-    fp4 = dequantize_fp4(reader.load(f"{name}weight"), reader.load(f"{name}scale"))
+    fp4 = dequantize(reader.load(f"{name}weight"), reader.load(f"{name}scale"), MXFP4)
     assert tuple(fp4.shape) == (64, 32)
     assert 0.5 < float(fp4.std()) * 32**0.5 < 1.5
-    fp8 = dequantize_fp8_block(reader.load("layers.1.attn.wq_a.weight"), reader.load("layers.1.attn.wq_a.scale"))
+    fp8 = dequantize(reader.load("layers.1.attn.wq_a.weight"), reader.load("layers.1.attn.wq_a.scale"), FP8_TILE)
     assert 0.5 < float(fp8.std()) * 8 < 1.5

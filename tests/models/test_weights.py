@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from atomc.errors import RecipeError
+from atomc.formats import FP8_TILE, MXFP4, dequantize
 from atomc.models.bundled import bundled_config
 from atomc.models.deepseek_v4.checkpoint import CheckpointReader, Storage, expected_tensors
 from atomc.models.deepseek_v4.layers import inverse_frequencies
@@ -19,7 +20,6 @@ from atomc.models.deepseek_v4.weights import (
     official_storage,
     weight_recipe,
 )
-from atomc.ops.formats import dequantize_fp4, dequantize_fp8_block
 from atomc.recipes import evaluate, from_json, instantiate, output_spec, sources, to_json
 from tests.support.tiny import TINY_DSPARK, random_checkpoint, tiny_config
 
@@ -38,8 +38,8 @@ def in_full(reader: CheckpointReader, name: str, dtype: torch.dtype) -> Tensor:
     weight = reader.load(f"{name}.weight")
     if f"{name}.scale" not in reader:
         return weight.to(dtype)
-    dequantize = dequantize_fp4 if weight.dtype == torch.int8 else dequantize_fp8_block
-    return dequantize(weight, reader.load(f"{name}.scale"), dtype)
+    layout = MXFP4 if weight.dtype == torch.int8 else FP8_TILE
+    return dequantize(weight, reader.load(f"{name}.scale"), layout, dtype)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from atomc.formats import Layout, RowLayout, dequantize
 from atomc.ops import OPS
 
 N, D, H, DH, RD, PAGE, WINDOW, RATIO, TOPK = 4, 24, 3, 20, 8, 4, 10, 4, 5
+LAYOUT, ROWS, INDEX_ROWS = "e4m3:1x16:e8m0:0.0001", "12:e4m3:1x8:e8m0:0.0001+8", "16:e2m1:1x8:e8m0+0"
 DTYPES = [torch.float32, torch.bfloat16]
 Case = Callable[[int, torch.dtype], list[Any]]
 
@@ -86,7 +88,8 @@ def compressor(tokens: int, dtype: torch.dtype, overlap: bool = True) -> list[An
     state = torch.randn(5, 2 * RATIO if overlap else RATIO, 2, width)
     kv, gate = torch.randn(tokens, width), torch.randn(tokens, width)
     return [kv, gate, torch.randn(RATIO, width), state, torch.randn(DH), 1e-6, *angles(len(ends)), step.rows,
-            step.table, ends, step.positions, step.requests, step.query_start, step.slots, RATIO, overlap]  # fmt: skip
+            step.table, ends, step.positions, step.requests, step.query_start, step.slots, RATIO, overlap,
+            dtype]  # fmt: skip
 
 
 def compressor_update(tokens: int, dtype: torch.dtype) -> list[Any]:
@@ -128,6 +131,48 @@ def experts(tokens: int, dtype: torch.dtype) -> list[Any]:
     return [x.to(dtype), w13.to(dtype), w2.to(dtype), indices, torch.rand(tokens, 3), 0.7]
 
 
+def packed(cache: Tensor, rows: str) -> Tensor:
+    """A plain cache as pages of packed rows; a row of NaN packs to bytes that decode to NaN."""
+    layout = RowLayout.parse(rows)
+    pages = torch.full((cache.shape[0], layout.page_bytes(cache.shape[1])), 0xFF, dtype=torch.uint8)
+    flat = torch.arange(cache.shape[0] * cache.shape[1])
+    layout.store(pages, flat, layout.pack(cache.flatten(0, 1)))
+    return pages
+
+
+def packed_insert(tokens: int, dtype: torch.dtype) -> list[Any]:
+    arguments = qk_norm_rope_insert(tokens, dtype)
+    arguments[5] = packed(arguments[5], ROWS)
+    return [*arguments, ROWS]
+
+
+def packed_compressor(tokens: int, dtype: torch.dtype) -> list[Any]:
+    """Index rows: of a power of two of channels, which are rotated."""
+    arguments = compressor(tokens, dtype)
+    for at, width in ((0, 32), (1, 32), (2, 32), (3, 32), (4, 16), (8, 16)):
+        arguments[at] = arguments[at][..., :width].contiguous()
+    arguments[8] = packed(arguments[8], INDEX_ROWS)
+    return [*arguments, True, INDEX_ROWS]
+
+
+def packed_index(tokens: int, dtype: torch.dtype) -> list[Any]:
+    arguments = index(tokens, dtype)
+    arguments[0] = arguments[0][..., :16].contiguous()
+    arguments[4] = packed(arguments[4][..., :16].contiguous(), "16:e4m3:1x16:pow2:0.0001+0")
+    return [*arguments, "16:e4m3:1x16:pow2:0.0001+0", LAYOUT]
+
+
+def packed_attention(tokens: int, dtype: torch.dtype) -> list[Any]:
+    arguments = attention(tokens, dtype)
+    arguments[1], arguments[3] = packed(arguments[1], ROWS), packed(arguments[3], ROWS)
+    return [*arguments, ROWS]
+
+
+def quantised_experts(tokens: int, dtype: torch.dtype) -> list[Any]:
+    x, *rest = experts(tokens, dtype)
+    return [*OPS["quantize"].reference(x, LAYOUT), *rest, LAYOUT, "e2m1:1x8:e8m0", dtype]
+
+
 CASES: dict[str, Case] = {
     "rms_norm": lambda t, dtype: [torch.randn(t, D, dtype=dtype), torch.randn(D), 1e-6],
     "rms_norm_pair": lambda t, dtype: [
@@ -144,41 +189,78 @@ CASES: dict[str, Case] = {
     "index_rope_topk": index,
     "sparse_attention_inverse_rope": attention,
     "moe_experts": experts,
+    "rms_norm_pair_quant": lambda t, dtype: [*CASES["rms_norm_pair"](t, dtype), LAYOUT],
+    "hc_post_pre_norm_quant": lambda t, dtype: [*CASES["hc_post_pre_norm"](t, dtype), LAYOUT],
+    "moe_experts_quant": quantised_experts,
+    "sparse_attention_inverse_rope_quant": lambda t, dtype: [*packed_attention(t, dtype), 3, LAYOUT],
+    "qk_norm_rope_insert packed": packed_insert,
+    "compressor_pool_norm_rope_insert packed": packed_compressor,
+    "index_rope_topk packed": packed_index,
+    "sparse_attention_inverse_rope packed": packed_attention,
 }  # fmt: skip
+# What an operator writes to, decoded: rounding may tell a kernel from the reference by one code.
+ROW_LAYOUTS = {"qk_norm_rope_insert packed": ROWS, "compressor_pool_norm_rope_insert packed": INDEX_ROWS}
 
 
 def test_every_cpu_kernel_has_a_case() -> None:
-    assert cpu_operators() == CASES.keys()
+    assert cpu_operators() == {name.split()[0] for name in CASES}
 
 
 def copies(arguments: list[Any]) -> list[Any]:
     return [a.clone() if isinstance(a, Tensor) else a for a in arguments]
 
 
-def compare(name: str, arguments: list[Any], dtype: torch.dtype) -> None:
+def compare(case: str, arguments: list[Any], dtype: torch.dtype) -> None:
     """Results and everything written are the reference's; nothing else is written."""
+    name = case.split()[0]
     op = OPS[name]
     expected_args, found_args = copies(arguments), copies(arguments)
     expected, found = op.reference(*expected_args), op.cpu(*found_args)
     atol, rtol = (2e-6, 1e-5) if dtype == torch.float32 else (2e-2, 2e-2)
-    for argument, a, b, c in zip(op.overload._schema.arguments, arguments, expected_args, found_args, strict=True):
+    for argument, a, b, c in zip(op.overload._schema.arguments, arguments, expected_args, found_args, strict=False):
         if isinstance(a, Tensor):
             if argument.name in op.mutates:
                 if argument.name == "cache":
                     b[0], c[0] = 0, 0  # the reserved page takes padding
-                torch.testing.assert_close(c, b, equal_nan=True, atol=atol, rtol=rtol)
+                if case in ROW_LAYOUTS:
+                    close_rows(c, b, ROW_LAYOUTS[case])
+                else:
+                    torch.testing.assert_close(c, b, equal_nan=True, atol=atol, rtol=rtol)
             else:
-                assert torch.equal(torch.nan_to_num(c), torch.nan_to_num(a)), f"{argument.name} was written"
+                assert torch.equal(*(t.contiguous().view(torch.uint8) for t in (c, a))), f"{argument.name} was written"
     if expected is None:
         assert found is None
         return
-    pairs = zip(expected, found, strict=True) if isinstance(expected, tuple) else [(expected, found)]
-    for a, b in pairs:
+    pairs = list(zip(expected, found, strict=True)) if isinstance(expected, tuple) else [(expected, found)]
+    for _, b in pairs:
         assert b.is_contiguous()
         assert b.untyped_storage().nbytes() == b.nbytes  # a plan counts on it
+    if name.endswith("_quant") and isinstance(expected, tuple):
+        at = next(i for i, (a, _) in enumerate(pairs) if a.dtype == torch.float8_e4m3fn)
+        values = [dequantize(*(pair[side] for pair in pairs[at : at + 2]), Layout.parse(LAYOUT)) for side in (0, 1)]
+        close_codes(values[1], values[0])
+        del pairs[at : at + 2]
+    for a, b in pairs:
         if name == "index_rope_topk":
             a, b = a.sort(-1).values, b.sort(-1).values
         torch.testing.assert_close(b, a, atol=atol, rtol=rtol)
+
+
+def close_codes(found: Tensor, expected: Tensor) -> None:
+    """Almost all equal, the others the next code: inputs that differ in the last bits round apart at a boundary."""
+    torch.testing.assert_close(found, expected, equal_nan=True, rtol=2.0**-2, atol=2.0**-7)
+    same = (found == expected) | (found.isnan() & expected.isnan())
+    assert same.float().mean() > 0.9
+
+
+def close_rows(found: Tensor, expected: Tensor, rows: str) -> None:
+    layout = RowLayout.parse(rows)
+    flat = torch.arange(found.shape[0] * layout.rows_of(found.shape[1]))
+    values = [layout.load(pages, flat) for pages in (found, expected)]
+    same = (values[0] == values[1]) | (values[0].isnan() & values[1].isnan())
+    assert same.float().mean() > 0.9
+    spread = values[1].nan_to_num().abs().amax(-1, keepdim=True)
+    assert bool(((values[0] - values[1]).nan_to_num().abs() <= 0.26 * spread).all())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])

@@ -15,37 +15,31 @@ from atomc.models.deepseek_v4.hyper_connection import HyperConnection, HyperHead
 from atomc.ops import OPS
 from atomc.passes import fusions
 from atomc.passes.fuse import Fuse
+from tests.support.fusion_cases import (
+    DH,
+    EXPERTS,
+    HEADS,
+    LENGTHS,
+    STREAMS,
+    TOPK,
+    D,
+    angles,
+    attention,
+    check_neighbours,
+    compressor,
+    head,
+    indexer,
+    insertion,
+    pair,
+    post_inputs,
+    post_pre,
+    pre,
+)  # fmt: skip
 from tests.support.graphs import TOKENS, apply, assert_same, by_references, operators, randn, text, traced
 from tests.support.tiny import tiny_config
 
-D, HEADS, DH, RD, STREAMS, EXPERTS, TOPK = 16, 3, 12, 4, 4, 6, 2
-LENGTHS = (TOKENS, 1, 5)
 atom = torch.ops.atom
 Make = Callable[[int, torch.dtype], tuple[Tensor, ...]]
-
-
-def ints(*values: int) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32)
-
-
-def batch(tokens: int) -> dict[str, Tensor]:
-    """Two requests in one step: the first has one token, the second the others; caches are poisoned with NaN."""
-    split = min(1, tokens - 1)
-    requests = torch.tensor([0] * split + [1] * (tokens - split), dtype=torch.int32)
-    positions = torch.cat((torch.arange(split), torch.arange(8, 8 + tokens - split))).int()
-    return {
-        "requests": requests, "positions": positions, "query_start": ints(0, split, tokens), "slots": ints(1, 0),
-        "table": ints(3, 1, 6, 2, 5, 4).view(2, 3),
-    }  # fmt: skip
-
-
-def cache(pages: int, rows: int, width: int, dtype: torch.dtype) -> Tensor:
-    return torch.randn(pages, rows, width).to(dtype)
-
-
-def angles(n: int) -> tuple[Tensor, Tensor]:
-    theta = torch.randn(n, RD // 2)
-    return theta.cos(), theta.sin()
 
 
 # -- operators that are plain mathematics in the model: the model's own modules ----------------------------------------
@@ -84,10 +78,6 @@ def head_inputs(t: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
 
 def stream_inputs(t: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
     return (randn(t, STREAMS, D, dtype=dtype),)
-
-
-def post_inputs(t: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    return randn(t, STREAMS, D, dtype=dtype), randn(t, D, dtype=dtype), randn(t, STREAMS), randn(t, STREAMS, STREAMS)
 
 
 def expert_inputs(t: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -190,114 +180,27 @@ def test_routed_experts(dtype: torch.dtype) -> None:
 # -- operators with their neighbours: the spelling, run by the references of what it is made of -----------------------
 
 
-def pair(t: int, dtype: torch.dtype) -> dict[str, Any]:
-    return {"qkv": randn(t, D + DH, dtype=dtype), "q_weight": randn(D), "kv_weight": randn(DH), "eps": 1e-6}
-
-
-def insertion(t: int, dtype: torch.dtype) -> dict[str, Any]:
-    cos, sin = angles(t)
-    b = batch(t)
-    return {
-        "q": randn(t, HEADS, DH, dtype=dtype), "kv": randn(t, DH, dtype=dtype), "cos": cos, "sin": sin, "eps": 1e-6,
-        "cache": cache(7, 8, DH, dtype), "table": b["table"], "requests": b["requests"], "positions": b["positions"],
-    }  # fmt: skip
-
-
-def compressor(overlap: bool) -> Callable[[int, torch.dtype], dict[str, Any]]:
-    def make(t: int, dtype: torch.dtype) -> dict[str, Any]:
-        width, ring = (2 * DH, 8) if overlap else (DH, 4)
-        b = batch(t)
-        ends = [i for i in range(t) if (int(b["positions"][i]) + 1) % 4 == 0]
-        cos, sin = angles(len(ends) + 1)
-        return {
-            "kv": randn(t, width), "gate": randn(t, width), "ape": randn(4, width), "state": randn(2, ring, 2, width),
-            "weight": randn(DH), "eps": 1e-6, "cos": cos, "sin": sin, "cache": cache(7, 8, DH, dtype),
-            "table": b["table"], "ends": ints(*ends, -1), "positions": b["positions"], "requests": b["requests"],
-            "query_start": b["query_start"], "slots": b["slots"], "ratio": 4, "overlap": overlap,
-        }  # fmt: skip
-
-    return make
-
-
-def indexer(t: int, dtype: torch.dtype) -> dict[str, Any]:
-    cos, sin = angles(t)
-    b = batch(t)
-    return {
-        "q": randn(t, HEADS, DH, dtype=dtype), "cos": cos, "sin": sin, "weights": torch.rand(t, HEADS),
-        "cache": cache(7, 8, DH, dtype), "table": b["table"], "requests": b["requests"], "positions": b["positions"],
-        "query_start": b["query_start"], "ratio": 4, "topk": 3,
-    }  # fmt: skip
-
-
-def attention(*absent: str) -> Callable[[int, torch.dtype], dict[str, Any]]:
-    def make(t: int, dtype: torch.dtype) -> dict[str, Any]:
-        cos, sin = angles(t)
-        b = batch(t)
-        topk = torch.stack([torch.randperm(4)[:3] for _ in range(t)]).int()
-        inputs = {
-            "q": randn(t, HEADS, DH, dtype=dtype), "window": cache(7, 8, DH, dtype), "window_table": b["table"],
-            "cache": cache(7, 8, DH, dtype), "block_table": b["table"], "topk": topk, "sink": randn(HEADS),
-            "requests": b["requests"], "positions": b["positions"], "scale": 0.3, "window_size": 6,
-            "ratio": 0 if "cache" in absent else 4, "cos": cos, "sin": sin,
-        }  # fmt: skip
-        return {**inputs, **dict.fromkeys(absent)}
-
-    return make
-
-
-def pre(t: int, dtype: torch.dtype) -> dict[str, Any]:
-    rows = 2 * STREAMS + STREAMS**2
-    return {
-        "h": randn(t, STREAMS, D, dtype=dtype), "fn": 0.2 * randn(rows, STREAMS * D), "base": randn(rows),
-        "scale": randn(3), "weight": randn(D), "norm_eps": 1e-6, "hc_eps": 1e-3, "iters": 3,
-    }  # fmt: skip
-
-
-def post_pre(t: int, dtype: torch.dtype) -> dict[str, Any]:
-    parts = dict(zip(("h", "y", "post", "comb"), post_inputs(t, dtype), strict=True))
-    return {**pre(t, dtype), **parts}
-
-
-def head(t: int, dtype: torch.dtype) -> dict[str, Any]:
-    inputs = pre(t, dtype)
-    del inputs["iters"]
-    return {**inputs, "fn": 0.2 * randn(STREAMS, STREAMS * D), "base": randn(STREAMS), "scale": randn(1)}
-
-
-NEIGHBOURS: dict[str, tuple[Fuse, int, Callable[[int, torch.dtype], dict[str, Any]], tuple[Fuse, ...]]] = {
-    "rms_norm_pair": (fusions.RMS_NORM_PAIR, 0, pair, ()),
-    "qk_norm_rope_insert": (fusions.QK_NORM_ROPE_INSERT, 0, insertion, ()),
-    "compressor_csa": (fusions.COMPRESSOR, 0, compressor(overlap=True), ()),
-    "compressor_hca": (fusions.COMPRESSOR, 1, compressor(overlap=False), ()),
-    "index_rope_topk": (fusions.INDEX_ROPE_TOPK, 0, indexer, ()),
-    "attention_csa": (fusions.ATTENTION_INVERSE_ROPE, 0, attention(), ()),
-    "attention_hca": (fusions.ATTENTION_INVERSE_ROPE, 1, attention("topk"), ()),
-    "attention_swa": (fusions.ATTENTION_INVERSE_ROPE, 2, attention("topk", "cache"), ()),
-    "hc_pre_norm": (fusions.HC_PRE_NORM, 0, pre, ()),
-    "hc_post_pre_norm": (fusions.HC_POST_PRE_NORM, 0, post_pre, (fusions.HC_PRE_NORM,)),
-    "hc_head_norm": (fusions.HC_HEAD_NORM, 0, head, ()),
+NEIGHBOURS: dict[str, tuple[Fuse, Callable[[int, torch.dtype], dict[str, Any]], tuple[Fuse, ...]]] = {
+    "rms_norm_pair": (fusions.RMS_NORM_PAIR, pair, ()),
+    "qk_norm_rope_insert": (fusions.QK_NORM_ROPE_INSERT, insertion, ()),
+    "compressor_csa": (fusions.COMPRESSOR, compressor(overlap=True), ()),
+    "compressor_hca": (fusions.COMPRESSOR, compressor(overlap=False), ()),
+    "index_rope_topk": (fusions.INDEX_ROPE_TOPK, indexer, ()),
+    "attention_csa": (fusions.ATTENTION_INVERSE_ROPE, attention(), ()),
+    "attention_hca": (fusions.ATTENTION_INVERSE_ROPE, attention("topk"), ()),
+    "attention_swa": (fusions.ATTENTION_INVERSE_ROPE, attention("topk", "cache"), ()),
+    "hc_pre_norm": (fusions.HC_PRE_NORM, pre, ()),
+    "hc_post_pre_norm": (fusions.HC_POST_PRE_NORM, post_pre, (fusions.HC_PRE_NORM,)),
+    "hc_head_norm": (fusions.HC_HEAD_NORM, head, ()),
 }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", NEIGHBOURS)
 def test_neighbours_become_one_operator_that_computes_the_same(name: str, dtype: torch.dtype) -> None:
-    step, index, make, first = NEIGHBOURS[name]
-    spelling = step.spellings[index]
-    example = make(TOKENS, dtype)
-    tensors = [k for k, v in example.items() if isinstance(v, Tensor)]
-
-    def plain(*values: Tensor) -> Any:
-        return spelling.fn(**{**example, **dict(zip(tensors, values, strict=True))})
-
-    gm, unfused = (traced(plain, *(example[k] for k in tensors)) for _ in range(2))
-    apply(gm, *first, step, expected={step.label: 1})
+    step, make, first = NEIGHBOURS[name]
+    gm = check_neighbours(step, make, dtype, first)
     assert operators(gm) == GOLDEN[name]
-    for tokens in LENGTHS:
-        values = [make(tokens, dtype)[k] for k in tensors]
-        copies = [v.clone() for v in values]
-        assert_same(by_references(gm, *values), by_references(unfused, *copies))
-        assert_same(values, copies)  # what is written, is written alike
 
 
 # -- what is nearly an operator, and is not ----------------------------------------------------------------------------
@@ -391,9 +294,7 @@ def test_what_is_nearly_an_operator_is_left_alone(name: str) -> None:
 
 
 def test_every_operator_with_a_fusion_is_tested_here() -> None:
-    from atomc.passes import pipelines
-
-    fused = {p.op for p in pipelines.fusion() if isinstance(p, Fuse)}
+    fused = {v.op for v in vars(fusions).values() if isinstance(v, Fuse)}
     tested = {case[0].op for case in MODULES.values()} | {case[0].op for case in NEIGHBOURS.values()} | {"moe_experts"}
     assert tested == fused
     assert fused <= set(OPS)

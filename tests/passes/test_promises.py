@@ -14,13 +14,17 @@ import torch
 from torch import Tensor
 
 from atomc.capture import Program, capture
+from atomc.compiler import Options, compile_model
 from atomc.models.deepseek_v4 import hyper_connection, layers, moe
 from atomc.models.deepseek_v4.config import DeepseekV4Config
 from atomc.models.deepseek_v4.promises import NONE, promised_matches
 from atomc.passes import pipelines
 from atomc.passes.graph import PassError
 from atomc.passes.runner import Context, Row, run_pipeline
+from atomc.passes.scheme import SCHEMES
 from atomc.recipes import Load
+from atomc.targets import get_target
+from tests.support.tiny import tiny_dict
 from tests.support.v4_configs import tiny
 
 TABLES = (9, 8)
@@ -32,7 +36,7 @@ def fused(config: DeepseekV4Config, program: Program) -> Iterator[tuple[str, lis
         paths = {i.placeholder: i.name for i in region.inputs if i.role == "weight"}
         recipes = {placeholder: Load(path) for placeholder, path in paths.items()}
         ctx = Context(region.name, promised_matches(config, region.name), dict(recipes), paths)
-        yield region.name, run_pipeline(pipelines.fusion(), region.gm, ctx)
+        yield region.name, run_pipeline(pipelines.compilation(), region.gm, ctx)
 
 
 def keep(config: DeepseekV4Config, dtype: torch.dtype) -> None:
@@ -42,7 +46,27 @@ def keep(config: DeepseekV4Config, dtype: torch.dtype) -> None:
 
 def test_every_pass_that_can_find_something_is_promised() -> None:
     free = {"canonicalize", "dead_code"}  # what they erase is no fact about the model
-    assert {p.label for p in pipelines.fusion()} - free == set(NONE)
+    labels = {p.label for target in ("cpu", "h100") for p in pipelines.compilation(target=get_target(target))}
+    assert labels - free == set(NONE)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "target"),
+    [*((s, "cpu") for s in SCHEMES), ("native", "h100"), ("native", "mi300x"), ("mxfp4", "mi355x")],
+)
+def test_the_promises_of_every_scheme(scheme: str, target: str, tmp_path: Path) -> None:
+    """All kinds of layers, sizes that fill no tile; a miss is an error of the compile."""
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(tiny_dict(num_hidden_layers=4, compress_ratios=[0, 16, 4, 4, 0], num_hash_layers=3)))
+    for dtype in ("float32", "bfloat16"):
+        options = Options(scheme=scheme, dtype=dtype, with_weights=False, stop_after="dead_code")
+        result = compile_model(str(config), target, tmp_path / "unused", options)
+        assert set(result.explanation) == {"prologue", "layer_swa_hash", "layer_hca_hash", "layer_csa_hash",
+                                           "layer_csa_topk", "head"}  # fmt: skip
+        kinds = {row.kind for table in result.layouts.values() for row in table}
+        assert kinds == {"none": {"weight"}, "bf16": {"weight"} | ({"cache"} if dtype == "float32" else set())}.get(
+            scheme, {"weight", "activation", "cache"}
+        )
 
 
 def test_the_promises_of_the_kinds() -> None:

@@ -172,11 +172,11 @@ def test_stop_after() -> None:
 
 def test_options_are_part_of_the_fingerprint() -> None:
     assert Relu().fingerprint() == Relu(times=1).fingerprint() != Relu(times=2).fingerprint()
-    prints = {p.label: p.fingerprint() for p in pipelines.fusion()}
-    assert len(set(prints.values())) == len(prints) == len(pipelines.fusion())
+    prints = {p.label: p.fingerprint() for p in pipelines.compilation()}
+    assert len(set(prints.values())) == len(prints) == len(pipelines.compilation())
 
 
 def test_fingerprints_are_the_same_in_every_process() -> None:
-    code = "from atomc.passes import pipelines; print(*(p.fingerprint() for p in pipelines.fusion()))"
+    code = "from atomc.passes import pipelines; print(*(p.fingerprint() for p in pipelines.compilation()))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.split() == [p.fingerprint() for p in pipelines.fusion()]
+    assert run.stdout.split() == [p.fingerprint() for p in pipelines.compilation()]

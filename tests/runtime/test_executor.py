@@ -63,7 +63,7 @@ class Paged:
         self.block_table = blocks[: requests * depth].view(requests, depth)
         self.slots = torch.randperm(executor.num_slots)[:requests]
         for state in executor.states.values():  # what nobody wrote must not matter
-            state.fill_(torch.nan)
+            state.fill_(0xFF if state.dtype == torch.uint8 else torch.nan)  # bytes that decode to NaN
 
     def batch(self, pieces: list[tuple[int, int, Tensor]]) -> Batch:
         positions = torch.cat([torch.arange(first, first + len(ids)) for _, first, ids in pieces])
@@ -171,6 +171,9 @@ class Leftovers:
 
     def __init__(self) -> None:
         self.found: dict[str, list[str]] = {}
+
+    def before(self, region: RegionPlan, at: int, env: Environment, sizes: Sizes) -> None:
+        pass
 
     def after(self, region: RegionPlan, at: int, env: Environment, sizes: Sizes) -> None:
         if at == len(region.steps) - 1:

@@ -24,8 +24,8 @@ def write_checkpoint(folder: Path, **overrides: object) -> Path:
     return folder
 
 
-def compile_artifact(checkpoint: Path, output: Path) -> None:
-    """Compiles with the command line, and keeps what it said beside the artifact."""
-    ran = run_apart("compile", checkpoint, "-o", output, *LIMITS, "--json")
+def compile_artifact(checkpoint: Path, output: Path, scheme: str) -> None:
+    """Compiles with the command line, and keeps what it said beside the artifact, as `NAME.json`."""
+    ran = run_apart("compile", checkpoint, "-o", output, *LIMITS, "--scheme", scheme, "--json")
     assert ran.code == 0, ran.out + ran.err
-    output.with_name("summary.json").write_text(ran.out)
+    output.with_suffix(".json").write_text(ran.out)

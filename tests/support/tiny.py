@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from atomc.formats import FP8_TILE, MXFP4, quantize
 from atomc.models.deepseek_v4.checkpoint import Entry, entries, write_checkpoint
 from atomc.models.deepseek_v4.config import DeepseekV4Config
-from atomc.ops.formats import quantize_fp4, quantize_fp8_block
 
 # Two layers of every attention kind, two of them hash-MoE, an MTP block; spec section 7's sizes, a short HCA ratio.
 TINY: dict[str, Any] = {
@@ -103,8 +103,7 @@ def random_tensors(config: DeepseekV4Config, seed: int = 0) -> Iterator[tuple[st
     for entry in entries(config):
         value = random_values(entry, config, generator)
         if entry.quantized:
-            quantize = quantize_fp8_block if entry.format == "fp8" else quantize_fp4
-            weight, scale = quantize(value)
+            weight, scale = quantize(value, FP8_TILE if entry.format == "fp8" else MXFP4)
             yield entry.name, weight
             yield entry.scale_name, scale
         else:

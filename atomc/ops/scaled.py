@@ -1,0 +1,142 @@
+"""Products of quantised operands (spec 3.4): what a target with narrow matrix instructions runs; the codes stay packed.
+
+The meaning is the product of the dequantised operands, accumulated in fp32: codes are exact in fp32, and so is each of
+their products, so that a kernel may multiply codes and scale the sums of a block.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from atomc.ops.experts import grouped_linear
+from atomc.ops.quantize import Pair, dequantize, pair_like, quantize
+from atomc.ops.registry import define
+
+F32 = torch.float32
+
+
+@define(
+    "scaled_linear(Tensor codes, Tensor scales, Tensor weight, Tensor weight_scales, str layout, str weight_layout,"
+    " ScalarType dtype) -> Tensor",
+    tokens="codes",
+    spec="3.4, 6.1 K6",
+    fake=lambda codes, _s, weight, _w, _l, _wl, dtype: codes.new_empty(
+        (*codes.shape[:-1], weight.shape[0]), dtype=dtype
+    ),
+)
+def scaled_linear(
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scales: torch.Tensor,
+    layout: str,
+    weight_layout: str,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """`x @ weightᵀ` of a quantised x [..., K] and weight [N, K] -> [..., N] in `dtype`."""
+    x, w = dequantize(codes, scales, layout, F32), dequantize(weight, weight_scales, weight_layout, F32)
+    return F.linear(x, w).to(dtype)
+
+
+@define(
+    "scaled_grouped_output(Tensor codes, Tensor scales, Tensor weight, Tensor weight_scales, str layout,"
+    " str weight_layout, ScalarType dtype) -> Tensor",
+    tokens="codes",
+    spec="2.4, 6.1 K18",
+    fake=lambda codes, _s, weight, _w, _l, _wl, dtype: codes.new_empty((codes.shape[0], weight.shape[0]), dtype=dtype),
+)
+def scaled_grouped_output(
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scales: torch.Tensor,
+    layout: str,
+    weight_layout: str,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """wo_a: each group of heads times its own rows of the weight: x [T, g, K], weight [g r, K] -> [T, g r]."""
+    x, w = dequantize(codes, scales, layout, F32), dequantize(weight, weight_scales, weight_layout, F32)
+    z = torch.bmm(x.transpose(0, 1), w.unflatten(0, (x.shape[1], -1)).transpose(1, 2))
+    return z.transpose(0, 1).flatten(1).to(dtype)
+
+
+def _weighted_swiglu(h: torch.Tensor, weights: torch.Tensor, limit: float) -> torch.Tensor:
+    """[T, k, 2I] -> [T, k, I] fp32: clamped SwiGLU times the routing weight (spec 2.8)."""
+    gate, up = h.float().chunk(2, dim=-1)
+    return F.silu(gate.clamp(max=limit)) * up.clamp(min=-limit, max=limit) * weights.unsqueeze(-1)
+
+
+@define(
+    "moe_experts_quant(Tensor codes, Tensor scales, Tensor w13, Tensor w2, Tensor indices, Tensor weights, float limit,"
+    " str layout, str inner_layout, ScalarType dtype) -> Tensor",
+    tokens="codes",
+    spec="2.8, 3.4, 6.1 K21-K22",
+    fake=lambda codes, _s, _a, w2, *_: codes.new_empty((codes.shape[0], w2.shape[1]), dtype=F32),
+)
+def moe_experts_quant(
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    indices: torch.Tensor,
+    weights: torch.Tensor,
+    limit: float,
+    layout: str,
+    inner_layout: str,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """`moe_experts` of a quantised x; what enters w2 is quantised after the routing weight (spec 2.8, 3.4).
+
+    Args:
+        codes, scales: x [T, D] in `layout`. w13: [E, 2I, D], w2: [E, D, I] in `dtype`, the compute dtype.
+        inner_layout: of the input of w2.
+    Returns:
+        [T, D] fp32.
+    """
+    x = dequantize(codes, scales, layout, dtype)
+    a = _weighted_swiglu(grouped_linear(x, w13, indices), weights, limit).to(dtype)
+    a = dequantize(*quantize(a, inner_layout), inner_layout, dtype)
+    return grouped_linear(a, w2, indices).float().sum(dim=1)
+
+
+@define(
+    "scaled_moe_experts(Tensor codes, Tensor scales, Tensor w13, Tensor w13_scales, Tensor w2, Tensor w2_scales,"
+    " Tensor indices, Tensor weights, float limit, str layout, str inner_layout, str w13_layout, str w2_layout,"
+    " ScalarType dtype) -> Tensor",
+    tokens="codes",
+    spec="2.8, 3.4, 6.1 K21-K22",
+    fake=lambda codes, _s, _a, _b, w2, *_: codes.new_empty((codes.shape[0], w2.shape[1]), dtype=F32),
+)
+def scaled_moe_experts(
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    w13: torch.Tensor,
+    w13_scales: torch.Tensor,
+    w2: torch.Tensor,
+    w2_scales: torch.Tensor,
+    indices: torch.Tensor,
+    weights: torch.Tensor,
+    limit: float,
+    layout: str,
+    inner_layout: str,
+    w13_layout: str,
+    w2_layout: str,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """`moe_experts_quant` with packed experts: codes [E, 2I, D] and [E, D, I] with their scales."""
+    experts = (dequantize(w13, w13_scales, w13_layout, dtype), dequantize(w2, w2_scales, w2_layout, dtype))
+    return moe_experts_quant(codes, scales, *experts, indices, weights, limit, layout, inner_layout, dtype)
+
+
+@define(
+    "swiglu_quant(Tensor gate, Tensor up, float limit, str layout) -> (Tensor, Tensor)",
+    tokens="gate",
+    spec="2.8, 3.4, 6.1 K22",
+    fake=lambda gate, _up, _limit, layout: pair_like(gate, tuple(gate.shape), layout),
+)
+def swiglu_quant(gate: torch.Tensor, up: torch.Tensor, limit: float, layout: str) -> Pair:
+    """`swiglu`, then `quantize` for the product that follows."""
+    from atomc.ops.activation import swiglu
+
+    return quantize(swiglu(gate, up, limit), layout)
