@@ -21,6 +21,7 @@ from atomc.artifact.check import check_program
 from atomc.artifact.manifest import SCHEMA_VERSION, Limits, Manifest, Serving
 from atomc.artifact.plan import CallPlan, ProgramPlan, RegionPlan, StateTensor
 from atomc.artifact.store import artifact_hash, check_output, encode, write_manifest, writing
+from atomc.calibration import SPACE, CalibratedSource, Calibration
 from atomc.capture import Input, Program, Region, capture
 from atomc.codegen.lower import Lowering
 from atomc.codegen.missing import missing_kernels, refuse
@@ -29,12 +30,12 @@ from atomc.models.deepseek_v4.config import DeepseekV4Config
 from atomc.models.deepseek_v4.promises import Rounded, promised_matches
 from atomc.models.deepseek_v4.state import fnuz_rows, row_layouts
 from atomc.models.source import ModelSource, open_model
-from atomc.pack import Packed, Packing, weights_of
+from atomc.pack import Packed, Packing, Source, weights_of
 from atomc.passes import pipelines
 from atomc.passes.graph import location
 from atomc.passes.runner import Context, Pass, Row, run_pipeline
 from atomc.passes.scheme import IndexRows, Rows, Scheme, get_scheme
-from atomc.recipes import Choice, Method, Recipe, instantiate, output_spec
+from atomc.recipes import Choice, Method, Recipe, TensorSpec, instantiate, output_spec
 from atomc.report import Explanation, Layouts, explanation_of, layouts_of, write_report
 from atomc.targets import Target, get_target
 
@@ -54,7 +55,8 @@ class Options:
     Attributes:
         dtype: compute dtype, `float32` or `bfloat16`. max_context: 0 takes the model's, at most 8192.
         scheme: quantisation scheme, a name or a .json file. rows, index_rows: how caches are stored; empty: by the
-            scheme. scales: how scales are chosen where weights are quantised, `amax` or `mse`.
+            scheme. scales: how scales are chosen where weights are quantised, `amax` or `mse`; with `calibration`, a
+            file of `atomc calibrate`, by the error of the products.
         with_weights: pack the checkpoint's weights. dump_ir: folder for the graph after each pass.
         stop_after: label of the pass to stop after; nothing is written then.
     """
@@ -64,6 +66,7 @@ class Options:
     rows: str = ""
     index_rows: str = ""
     scales: str = "amax"
+    calibration: Path | None = None
     max_context: int = 0
     max_batch_tokens: int = 512
     max_requests: int = 32
@@ -108,10 +111,25 @@ class Quantisation:
     rows: dict[str, str]
     index_query: str
     method: Method
+    calibration: Calibration | None = None
 
     def pipeline(self) -> tuple[Pass, ...]:
         """The passes of this compile."""
         return pipelines.compilation(self.scheme, self.target, self.rows, self.index_query)
+
+    def spec_of(self, source: ModelSource) -> Callable[[str], TensorSpec]:
+        """Shape and dtype of the checkpoint's tensors, and of the calibration's."""
+
+        def spec(name: str) -> TensorSpec:
+            if self.calibration is not None and name.startswith(SPACE):
+                return self.calibration.spec(name)
+            return source.spec(name)
+
+        return spec
+
+    def how(self) -> str:
+        """How scales are chosen, for the manifest."""
+        return self.method if self.calibration is None else "calibrated"
 
 
 def compile_model(
@@ -144,7 +162,7 @@ def compile_model(
     plan = link(program, compiled, regions, serving)
     with Packing(output) as packing, writing(output) as folder:
         recipes = {c.region.name: named_recipes(c) for c in compiled}
-        packed = pack_weights(source, program, recipes, packing, folder / "weights", progress)
+        packed = pack_weights(source, quantisation, options, program, recipes, packing, folder / "weights", progress)
         write_plan(folder / "plan", plan, regions)
         write_graphs(folder / "graph", compiled)
         copy_model_files(source, folder)
@@ -155,7 +173,7 @@ def compile_model(
             folder,
             lambda files: Manifest(
                 schema=SCHEMA_VERSION, model=source.name, config_sha256=config_hash(source.config), target=target.name,
-                dtype=options.dtype, scheme=msgspec.to_builtins(quantisation.scheme), scales=options.scales,
+                dtype=options.dtype, scheme=msgspec.to_builtins(quantisation.scheme), scales=quantisation.how(),
                 with_weights=options.with_weights, limits=limits, serving=serving, tools=tools(),
                 passes={c.region.name: [r.fingerprint for r in c.rows] for c in compiled}, recipes=recipes, files=files,
             ),
@@ -209,7 +227,8 @@ def check_scheme(options: Options, config: DeepseekV4Config, target: Target) -> 
     except ValueError as error:
         raise CompileError(f"--index-rows {scheme.index_rows}: {error}.") from error
     rows = {name: fnuz_rows(text) if target.fp8 == "fnuz" else text for name, text in rows.items()}
-    return Quantisation(scheme, target, rows, query, cast(Method, options.scales))
+    calibration = None if options.calibration is None else Calibration(options.calibration)
+    return Quantisation(scheme, target, rows, query, cast(Method, options.scales), calibration)
 
 
 def check_stop(label: str | None, quantisation: Quantisation) -> None:
@@ -266,11 +285,19 @@ def fuse(
         module_paths=dict(weights),
         states={i.placeholder: i.name for i in region.inputs if i.role == "state"},
         dtype=DTYPES[options.dtype],
-        spec_of=lambda recipe: output_spec(instantiate(recipe, prefixes[0]), source.spec),
-        choice=Choice(quantisation.method),
+        spec_of=lambda recipe: output_spec(instantiate(recipe, prefixes[0]), quantisation.spec_of(source)),
+        choice=choice_of(quantisation, prefixes),
     )
     dump = options.dump_ir / region.name if options.dump_ir is not None else None
     return Compiled(region, ctx, run_pipeline(quantisation.pipeline(), region.gm, ctx, dump, options.stop_after))
+
+
+def choice_of(quantisation: Quantisation, prefixes: list[str]) -> Choice:
+    """How scales are chosen; with a calibration, by what enters each weight's product in every block that uses it."""
+    known = quantisation.calibration
+    if known is None:
+        return Choice(quantisation.method)
+    return Choice("mse", lambda weight: known.importance(prefixes, weight))
 
 
 def rounded(source: ModelSource, prefixes: list[str], quantisation: Quantisation) -> Rounded:
@@ -336,6 +363,8 @@ def named_recipes(compiled: Compiled) -> dict[str, Recipe]:
 
 def pack_weights(
     source: ModelSource,
+    quantisation: Quantisation,
+    options: Options,
     program: Program,
     recipes: dict[str, dict[str, Recipe]],
     packing: Packing,
@@ -346,7 +375,10 @@ def pack_weights(
     if source.reader is None:
         return None
     calls = [(c.region, c.prefix) for c in program.calls]
-    return packing.pack(source.reader, weights_of(calls, recipes, source.reader.spec), folder, progress)
+    tensors: Source = source.reader
+    if quantisation.calibration is not None and options.calibration is not None:
+        tensors = CalibratedSource(tensors, quantisation.calibration, options.calibration)
+    return packing.pack(tensors, weights_of(calls, recipes, tensors.spec), folder, progress)
 
 
 def write_plan(folder: Path, plan: ProgramPlan, regions: dict[str, RegionPlan]) -> None:

@@ -19,7 +19,7 @@ def lowering_of(weight: Layout, activation: Layout | None, target: Target, dtype
         PassError: it cannot, and no exact expansion exists; names the weight and the ways out.
     """
     if not target.is_gpu:
-        return f"expanded to {dtype.removeprefix('torch.')} when loaded: {target.name} multiplies no narrow format"
+        return f"expanded to {dtype.removeprefix('torch.')} when loaded"
     for what, layout in (("weight", weight), ("activation", activation)):
         if layout is None:
             continue

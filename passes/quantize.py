@@ -97,7 +97,7 @@ class Quantize(Pass):
 
     def _product(self, gm: GraphModule, ctx: Context, product: Product, number: int, rule: Rule) -> bool:
         """Rewrite a product as its rule says; False if nothing is to be quantised."""
-        recipe, by = ctx.weights[product.weight.name], f"scheme {self.scheme.name}, rule {number}"
+        recipe, by = ctx.weights[product.weight.name], f"{self.scheme.name}, rule {number}"
         stored = stored_layout(recipe)
         if rule.weight == "bfloat16":
             self._store_dense(gm, ctx, product.weight, with_dtype(recipe, "bfloat16"), f"{by}: bfloat16")
@@ -155,7 +155,7 @@ class Quantize(Pass):
             if not node.meta.get("decided"):
                 recipe = ctx.weights[node.name]
                 bare = uncast(recipe) if self.scheme.full == "checkpoint" else recipe
-                self._store_dense(gm, ctx, node, bare, f"scheme {self.scheme.name}: in full")
+                self._store_dense(gm, ctx, node, bare, f"{self.scheme.name}, no rule")
 
     def _store_dense(self, gm: GraphModule, ctx: Context, node: Node, recipe: Recipe, by: str) -> None:
         """Give a weight another recipe, and a cast to the dtype it is used in."""
@@ -199,7 +199,7 @@ class Quantize(Pass):
         why = "Hadamard rotation on both sides" if rotate else "no rotation"
         ctx.decisions.append(
             Decision("cache", name, [value.shape[2]], text, layout.row_bytes, _short(value.dtype), "quantized",
-                     f"{rows} rows a page; {why}", f"scheme {self.scheme.name}", location(next(iter(cache.users))))
+                     f"{rows} rows a page; {why}", self.scheme.name, location(next(iter(cache.users))))
         )  # fmt: skip
 
     def _insert(self, gm: GraphModule, insert: Node, rows: str, rotate: bool) -> None:

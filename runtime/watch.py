@@ -29,6 +29,9 @@ class MemoryWatch:
         self.peaks: dict[str, int] = {}
         self.steps = 0
 
+    def before(self, region: RegionPlan, at: int, env: Environment, sizes: Sizes) -> None:
+        """Nothing is looked at before a step."""
+
     def after(self, region: RegionPlan, at: int, env: Environment, sizes: Sizes) -> None:
         """Check step `at` before its releases.
 

@@ -21,7 +21,7 @@ import atomc
 from tests.support.artifact import LAYERS, ONE_LAYER, write_checkpoint
 from tests.support.cli import PROGRAM, Cli, environment, run_apart, start
 
-COMMANDS = ("compile", "generate", "serve", "inspect", "explain", "eval", "passes", "targets")
+COMMANDS = ("compile", "generate", "serve", "inspect", "explain", "verify", "eval", "passes", "targets")
 REGIONS = ("prologue", "layer_swa_hash", "layer_hca_topk", "layer_csa_topk", "head")
 
 
@@ -322,3 +322,58 @@ def _wait_for(url: str) -> None:
         except OSError:
             time.sleep(0.1)
     raise AssertionError(f"{url} does not answer")
+
+
+# -- layouts -----------------------------------------------------------------------------------------------------------
+
+
+def test_explain_shows_how_everything_is_stored(cli: Cli, native_artifact: Path) -> None:
+    out = cli("explain", native_artifact, "--layouts").out
+    assert "decided by" in out and "native, rule 3" in out
+    stored = cli("explain", native_artifact, "--layouts", "--region", "layer_csa_topk", "--json").json
+    rows = {row["name"]: row for row in stored["layer_csa_topk"]}
+    assert rows["ffn.experts.w13"]["layout"] == "e2m1:1x32:e8m0"
+    assert rows["ffn.experts.w13"]["origin"] == "stored"
+    assert rows["input of attn.wq_b"]["kind"] == "activation"
+    assert "Hadamard rotation on both sides" in rows["index_rows"]["lowering"]
+    assert "all weights" in cli("explain", native_artifact).out
+
+
+def test_inspect_adds_up_the_memory_of_a_batch(cli: Cli, native_artifact: Path) -> None:
+    plan = cli("inspect", native_artifact, "--batch", "7", "--context", "1000", "--json").json["memory_plan"]
+    assert (plan["requests"], plan["context"]) == (7, 1000)
+    assert plan["total_bytes"] == sum(v for k, v in plan.items() if k.endswith("_bytes") and k != "total_bytes")
+    assert (
+        "memory of 7 requests of 1,000 tokens"
+        in cli("inspect", native_artifact, "--batch", "7", "--context", "1000").out
+    )
+
+
+def test_schemes_are_listed_and_bad_ones_refused(cli: Cli, tmp_path: Path) -> None:
+    assert {"native", "ptpc-fp8", "none"} <= cli("schemes", "--json").json.keys()
+    assert "as the checkpoint stores it" in cli("schemes").out
+    model = write_checkpoint(tmp_path / "model", **ONE_LAYER)
+    for flag, value, words in (
+        ("--scheme", "int4", "choose one of native"), ("--cache-rows", "fp4", "choose one of compute, bf16, fp8"),
+        ("--index-rows", "int8", "choose one of compute"), ("--scales", "best", "choose one of amax, mse"),
+        ("--calibration", "nowhere.safetensors", "cannot be read"),
+    ):  # fmt: skip
+        cli("compile", model, "-o", tmp_path / "x.atom", flag, value).failed(1, f"{flag} {value}", words)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["model"]
+
+
+def test_a_calibration_from_text_to_artifact(cli: Cli, artifact: Path, model_folder: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("class Queue:\n    def put(self, item):\n        self.items.append(item)\n" * 40)
+    made = cli(
+        "calibrate", artifact, text, "-o", tmp_path / "c.safetensors", "--samples", "4", "--length", "200", "--json"
+    )
+    assert made.json["pieces"] == 4 and made.json["weights"] > 20
+    compiled = cli(
+        "compile", model_folder / "checkpoint", "-o", tmp_path / "x.atom", "--scheme", "ptpc-fp8", "--calibration",
+        tmp_path / "c.safetensors", "--json",
+    )  # fmt: skip
+    assert compiled.code == 0
+    assert cli("inspect", tmp_path / "x.atom", "--json").json["scales"] == "calibrated"
+    cli("calibrate", tmp_path / "x.atom", text, "-o", tmp_path / "d.safetensors").failed(1, "is quantised")
+    assert not (tmp_path / "d.safetensors").exists()

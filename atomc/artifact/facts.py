@@ -100,6 +100,44 @@ def state_bytes(program: ProgramPlan, serving: Serving) -> StateBytes:
     return StateBytes(fixed, sizes["blocks"] * 1024 / serving.block_tokens)
 
 
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What a batch of requests of one length needs, in bytes.
+
+    Attributes:
+        weights: packed, as in the artifact. prepared: made of them when the artifact is loaded.
+        rows: of compressed rows and index rows, which grow with the context, to the token.
+        window: of window rows, in pages. partial: of the compressors' unfinished windows.
+        arena, values: of the largest step.
+    """
+
+    weights: int
+    prepared: int
+    rows: int
+    window: int
+    partial: int
+    arena: int
+    values: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.prepared + self.rows + self.window + self.partial + self.arena + self.values
+
+
+def memory_plan(program: ProgramPlan, regions: Regions, serving: Serving, requests: int, context: int) -> MemoryPlan:
+    """The memory of `requests` requests of `context` tokens each."""
+    known, sizes = weights(program, regions), pool_bytes(program.states)
+    return MemoryPlan(
+        weights=known.bytes,
+        prepared=known.prepared,
+        rows=math.ceil(requests * context * sizes["blocks"] / serving.block_tokens),
+        window=requests * window_pages(serving) * sizes["window_pages"],
+        partial=requests * sizes["slots"],
+        arena=program.arena_bytes,
+        values=program.values_bytes,
+    )
+
+
 def bytes_text(count: float) -> str:
     """A size to read: `1.5 MiB`."""
     for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):

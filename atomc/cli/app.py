@@ -8,14 +8,16 @@ from typing import Annotated
 import typer
 
 from atomc import __version__
+from atomc.cli.calibrate import calibrate_command
 from atomc.cli.compile import compile_command
 from atomc.cli.evaluate import eval_command
 from atomc.cli.explain import explain_command
 from atomc.cli.failure import run
 from atomc.cli.generate import generate_command
 from atomc.cli.inspect import inspect_command
-from atomc.cli.listing import passes_command, targets_command
+from atomc.cli.listing import passes_command, schemes_command, targets_command
 from atomc.cli.serve import serve_command
+from atomc.cli.verify import verify_command
 
 app = typer.Typer(
     name="atomc",
@@ -31,9 +33,12 @@ for _name, _command in (
     ("serve", serve_command),
     ("inspect", inspect_command),
     ("explain", explain_command),
+    ("verify", verify_command),
     ("eval", eval_command),
+    ("calibrate", calibrate_command),
     ("passes", passes_command),
     ("targets", targets_command),
+    ("schemes", schemes_command),
 ):
     app.command(_name)(_command)
 

@@ -40,6 +40,9 @@ def compile_command(
     scales: Annotated[
         str, typer.Option(help="Scales of weights that are quantised here: amax, or mse (least squared error).")
     ] = "amax",
+    calibration: Annotated[
+        Path | None, typer.Option(help="A file of `atomc calibrate`: scales by the error of the products on that text.")
+    ] = None,
     max_context: Annotated[
         int | None, typer.Option(help="Longest sequence, in tokens.", show_default="the model's, at most 8192")
     ] = None,
@@ -76,12 +79,13 @@ def compile_command(
 
     options = Options(
         dtype=dtype, scheme=scheme, rows=cache_rows or "", index_rows=index_rows or "", scales=scales,
+        calibration=calibration,
         max_context=max_context or 0, max_batch_tokens=max_batch_tokens, max_requests=max_requests,
         max_logit_rows=min(max_batch_tokens, 512) if max_logit_rows is None else max_logit_rows,
         with_weights=not no_weights, dump_ir=dump_ir, stop_after=stop_after,
     )  # fmt: skip
     result, seconds = _compile(model, target, path, options)
-    summary = _summary(result, seconds)
+    summary = _summary(result, seconds, options)
     if as_json:
         from atomc.cli.console import emit_json
 
@@ -122,7 +126,7 @@ def _compile(model: str, target: str, output: Path, options: Options) -> tuple[R
     return result, time.perf_counter() - start
 
 
-def _summary(result: Result, seconds: float) -> dict[str, Any]:
+def _summary(result: Result, seconds: float, options: Options) -> dict[str, Any]:
     """Everything `--json` writes and the panel shows."""
     from atomc.artifact import facts
     from atomc.artifact.store import read_manifest
@@ -130,7 +134,8 @@ def _summary(result: Result, seconds: float) -> dict[str, Any]:
 
     before, after = nodes(result.explanation)
     summary: dict[str, Any] = {
-        "model": result.model, "target": result.target.name, "output": result.output, "sha256": result.hash,
+        "model": result.model, "target": result.target.name, "scheme": options.scheme,
+        "output": result.output, "sha256": result.hash,
         "seconds": round(seconds, 3), "peak_rss_bytes": _peak_rss(), "nodes_before": before, "nodes_after": after,
         "matches": matches(result.explanation), "regions": dict.fromkeys(result.explanation, 0),
     }  # fmt: skip
@@ -144,6 +149,7 @@ def _summary(result: Result, seconds: float) -> dict[str, Any]:
         "steps": sum(facts.operators(program, regions).values()),
         "parameters": weights.parameters,
         "weights_bytes": weights.bytes,
+        "prepared_bytes": weights.prepared,
         "arena_bytes": program.arena_bytes,
         "values_bytes": program.values_bytes,
         "state_bytes_per_request": state.request,
@@ -199,7 +205,7 @@ def _show(result: Result, summary: dict[str, Any], options: Options) -> None:
         rows += [
             ("parameters", f"{summary['parameters']:,}"),
             ("plan", f"{summary['steps']:,} operators in a step of the model"),
-            ("weights", f"{sizes['weights_bytes']} in {options.dtype}{packed}"),
+            ("weights", f"{sizes['weights_bytes']}, scheme {summary['scheme']}{packed}"),
             ("a step's memory", f"arena {sizes['arena_bytes']}, values {sizes['values_bytes']}"),
             ("a request's state",
              f"{sizes['state_bytes_per_request']} + {sizes['state_bytes_per_1024_tokens']} per 1,024 tokens"),

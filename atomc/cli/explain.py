@@ -1,4 +1,4 @@
-"""`atomc explain`: what every pass matched and refused, back to the model's source lines."""
+"""`atomc explain`: what every pass matched and refused, and how everything is stored, back to the model's lines."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from atomc.cli.compile import JsonOption
+from atomc.cli.compile import JsonOption, SchemeOption
 
 if TYPE_CHECKING:
-    from atomc.report import Explanation
+    from atomc.report import Explanation, LayoutRow, Layouts
 
 
 def explain_command(
@@ -19,35 +19,48 @@ def explain_command(
     ],
     pass_name: Annotated[str | None, typer.Option("--pass", help="Show every match of this pass.")] = None,
     region: Annotated[str | None, typer.Option(help="Show only this region, with every match.")] = None,
+    layouts: Annotated[
+        bool, typer.Option("--layouts", help="Show how every weight, activation and cache is stored, and why.")
+    ] = False,
+    target: Annotated[str, typer.Option(help="Of a model: what to compile it for.")] = "cpu",
+    scheme: SchemeOption = "native",
     as_json: JsonOption = False,
 ) -> None:
-    """Show what each pass matched and refused. In each region, back to the model's source lines."""
-    explanation = _selected(_explanation(what), pass_name, region)
+    """Show what each pass matched and refused, and how everything is stored. In each region, back to source lines."""
+    explanation, stored = _explanation(what, target, scheme)
+    explanation = _selected(explanation, pass_name, region)
+    stored = {name: rows for name, rows in stored.items() if region in (None, name)}
     if as_json:
         from atomc.cli.console import emit_json
 
-        emit_json(explanation)
+        emit_json(stored if layouts else explanation)
+        return
+    if layouts:
+        _show_layouts(stored)
         return
     if pass_name is None:
         _show_table(explanation)
     if pass_name is not None or region is not None:
         _show_matches(explanation)
     _show_refusals(explanation)
+    if pass_name is None and stored:
+        _show_totals(stored)
 
 
-def _explanation(what: str) -> Explanation:
+def _explanation(what: str, target: str, scheme: str) -> tuple[Explanation, Layouts]:
     """Read from an artifact, checked against its manifest; or made by compiling the model, of which nothing is kept."""
     from atomc.cli.paths import is_artifact
 
     if is_artifact(what):
         from atomc.artifact.store import read_manifest, verify
-        from atomc.report import read_explanation
+        from atomc.report import read_explanation, read_layouts
         from atomc.runtime.loader import read_plan
 
         verify(Path(what), read_manifest(Path(what)))
-        explanation = read_explanation(Path(what))
+        explanation, layouts = read_explanation(Path(what)), read_layouts(Path(what))
         order = dict.fromkeys(call.region for call in read_plan(Path(what))[0].calls)
-        return {region: explanation[region] for region in order if region in explanation}
+        kept = [region for region in order if region in explanation]
+        return {region: explanation[region] for region in kept}, {region: layouts[region] for region in kept}
     from atomc.cli.console import stages
     from atomc.compiler import Options, compile_model
     from atomc.passes import pipelines
@@ -55,8 +68,9 @@ def _explanation(what: str) -> Explanation:
     last = pipelines.compilation()[-1].label
     weights = Path(what).is_dir() and any(Path(what).glob("*.safetensors"))
     with stages() as progress:
-        options = Options(with_weights=weights, stop_after=last)
-        return compile_model(what, "cpu", Path(what), options, progress).explanation
+        options = Options(scheme=scheme, with_weights=weights, stop_after=last)
+        result = compile_model(what, target, Path(what), options, progress)
+        return result.explanation, result.layouts
 
 
 def _selected(explanation: Explanation, pass_name: str | None, region: str | None) -> Explanation:
@@ -105,3 +119,51 @@ def _show_refusals(explanation: Explanation) -> None:
     rows = [[r, row.name, refusal.where, refusal.reason] for r, row in found for refusal in row.refusals]
     stdout().print()
     stdout().print(table("refused", ["region", "pass", "source", "reason"], rows))
+
+
+def _show_totals(layouts: Layouts) -> None:
+    """What the weights take in each layout."""
+    from atomc.artifact.facts import bytes_text
+    from atomc.cli.console import stdout, table
+    from atomc.report import weight_bytes
+
+    sizes = weight_bytes(layouts)
+    rows = [
+        [layout, bytes_text(size), f"{size:,}", f"{size / sum(sizes.values()):.1%}"] for layout, size in sizes.items()
+    ]
+    rows.append(["all weights", bytes_text(sum(sizes.values())), f"{sum(sizes.values()):,}", ""])
+    stdout().print()
+    stdout().print(table("weights by layout; --layouts shows each", ["layout", "size", "bytes", ""], rows, (1, 2, 3)))
+
+
+def _show_layouts(layouts: Layouts) -> None:
+    """Every decision, a table for each region."""
+    from atomc.cli.console import stdout, table
+
+    for region, rows in layouts.items():
+        uses = rows[0].uses if rows else 0
+        head = ["", "name", "shape", "layout", "bytes", "before", "how", "on the target", "decided by"]
+        stdout().print(table(f"{region}, {uses} of it", head, [_layout_cells(row) for row in rows], right=(4,)))
+        stdout().print()
+    stdout().print(
+        "bytes: of a weight; of one token's activation; of one cache row. Scales are counted. how: stored = the "
+        "checkpoint's bytes, exact = the same numbers, quantized = rounded.",
+        style="dim",
+    )
+    _show_totals(layouts)
+
+
+def _layout_cells(row: LayoutRow) -> list[str]:
+    shape = " × ".join(map(str, row.shape))
+    before = row.stored if row.stored != row.layout else "the same"
+    return [
+        row.kind,
+        row.name,
+        shape,
+        row.layout,
+        f"{row.bytes:,}",
+        before,
+        row.origin,
+        row.lowering,
+        row.by,
+    ]

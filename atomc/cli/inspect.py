@@ -12,6 +12,7 @@ import typer
 from atomc.cli.compile import JsonOption
 
 if TYPE_CHECKING:
+    from atomc.artifact.facts import MemoryPlan
     from atomc.artifact.manifest import Manifest
     from atomc.artifact.plan import ProgramPlan, RegionPlan
 
@@ -33,6 +34,12 @@ def inspect_command(
     artifact: ArtifactArgument,
     plan: Annotated[str | None, typer.Option(metavar="REGION", help="Print the steps of this region.")] = None,
     html: Annotated[Path | None, typer.Option(help="Draw the memory plan into this HTML file.")] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Requests of the memory plan.", show_default="the artifact's most")
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of each request.", show_default="the artifact's most")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Check and show an artifact. Its facts, files, regions, operators and memory plan."""
@@ -48,11 +55,12 @@ def inspect_command(
     if as_json:
         from atomc.cli.console import emit_json
 
-        emit_json(_summary(opened))
+        emit_json(_summary(opened) | {"memory_plan": _plan_json(opened, batch, context)})
     elif plan is not None:
         _show_plan(opened, plan)
     else:
         _show(opened)
+        _show_memory(opened, batch, context)
         if html is not None:
             typer.echo(f"\nThe memory plan is drawn in {html}.")
 
@@ -82,7 +90,8 @@ def _summary(opened: Opened) -> dict[str, Any]:
     state = facts.state_bytes(program, manifest.serving)
     return {
         "artifact": opened.folder, "sha256": opened.sha256, "verified": True, "model": manifest.model,
-        "target": manifest.target, "dtype": manifest.dtype, "with_weights": manifest.with_weights,
+        "target": manifest.target, "dtype": manifest.dtype, "scheme": manifest.scheme, "scales": manifest.scales,
+        "with_weights": manifest.with_weights,
         "schema": manifest.schema, "config_sha256": manifest.config_sha256, "tools": manifest.tools,
         "limits": manifest.limits, "serving": manifest.serving, "files": manifest.files,
         "regions": {
@@ -91,7 +100,8 @@ def _summary(opened: Opened) -> dict[str, Any]:
         },
         "operators": dict(facts.operators(program, regions).most_common()),
         "memory": {
-            "parameters": weights.parameters, "weights_bytes": weights.bytes, "arena_bytes": program.arena_bytes,
+            "parameters": weights.parameters, "weights_bytes": weights.bytes, "prepared_bytes": weights.prepared,
+            "arena_bytes": program.arena_bytes,
             "values_bytes": program.values_bytes, "state_bytes_per_request": state.request,
             "state_bytes_per_1024_tokens": state.per_1024_tokens,
         },
@@ -145,7 +155,8 @@ def _facts(opened: Opened) -> list[tuple[str, str]]:
         ("compiled by", ", ".join(f"{tool} {version}" for tool, version in manifest.tools.items())),
         ("limits", f"{limits.max_context:,} tokens of context; a step: {step}"),
         ("caches", f"{pages}, compression {ratios}"),
-        ("weights", f"{count}, {bytes_text(weights.bytes)}, {manifest.dtype}{packed}"),
+        ("computes in", f"{manifest.dtype}, quantisation scheme {manifest.scheme['name']}"),
+        ("weights", f"{count}, {bytes_text(weights.bytes)} packed, {bytes_text(weights.prepared)} prepared{packed}"),
         ("a step", f"arena {bytes_text(program.arena_bytes)}, values {bytes_text(program.values_bytes)}"),
         ("a request's state", f"{bytes_text(state.request)} + {bytes_text(state.per_1024_tokens)} per 1,024 tokens"),
         ("all state", f"{bytes_text(whole)} for {limits.max_requests} requests of {limits.max_context:,} tokens"),
@@ -160,3 +171,43 @@ def _show_plan(opened: Opened, name: str) -> None:
         raise OptionError(f"--plan {name}: no such region; choose one of {', '.join(opened.regions)}.")
     for line in plan_lines(opened.regions[name]):
         typer.echo(line)
+
+
+def _memory_of(opened: Opened, batch: int | None, context: int | None) -> tuple[int, int, MemoryPlan]:
+    """Requests, tokens of each, and what they need. The flags may exceed the artifact's limits: it is arithmetic."""
+    from atomc.artifact.facts import memory_plan
+
+    limits = opened.manifest.limits
+    requests, tokens = batch or limits.max_requests, context or limits.max_context
+    return requests, tokens, memory_plan(opened.program, opened.regions, opened.manifest.serving, requests, tokens)
+
+
+def _plan_json(opened: Opened, batch: int | None, context: int | None) -> dict[str, int]:
+    from dataclasses import asdict
+
+    requests, tokens, plan = _memory_of(opened, batch, context)
+    sizes = {f"{name}_bytes": size for name, size in asdict(plan).items()}
+    return {"requests": requests, "context": tokens, **sizes, "total_bytes": plan.total}
+
+
+def _show_memory(opened: Opened, batch: int | None, context: int | None) -> None:
+    from dataclasses import asdict
+
+    from atomc.artifact.facts import bytes_text
+    from atomc.cli.console import stdout, table
+    from atomc.targets import get_target
+
+    requests, tokens, plan = _memory_of(opened, batch, context)
+    target = get_target(opened.manifest.target)
+    what = {
+        "weights": "packed, as in the artifact", "prepared": "made of the weights when they are loaded",
+        "rows": "compressed rows and index rows", "window": "window rows, in whole pages",
+        "partial": "unfinished windows of the compressors", "arena": "temporaries of the largest step",
+        "values": "between regions, at the largest step",
+    }  # fmt: skip
+    rows = [[name, bytes_text(size), f"{size:,}", what[name]] for name, size in asdict(plan).items()]
+    share = f"{plan.total / target.memory_bytes:.1%} of a {target.product}" if target.is_gpu else ""
+    rows.append(["total", bytes_text(plan.total), f"{plan.total:,}", share])
+    title = f"memory of {requests:,} requests of {tokens:,} tokens"
+    stdout().print()
+    stdout().print(table(title, ["", "size", "bytes", ""], rows, right=(1, 2)))

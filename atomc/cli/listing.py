@@ -1,4 +1,4 @@
-"""`atomc passes` and `atomc targets`: what there is."""
+"""`atomc passes`, `atomc targets` and `atomc schemes`: what there is."""
 
 from __future__ import annotations
 
@@ -45,6 +45,19 @@ def _target_row(target: Target) -> list[str]:
         rate,
         shared,
     ]
+
+
+def schemes_command(as_json: JsonOption = False) -> None:
+    """List the quantisation schemes. With --json, as files that --scheme takes."""
+    from atomc.cli.console import emit_json, stdout, table
+    from atomc.passes.scheme import DESCRIPTIONS, SCHEMES
+
+    if as_json:
+        emit_json(SCHEMES)
+        return
+    rows = [[s.name, DESCRIPTIONS[s.name], s.rows, s.index_rows] for s in SCHEMES.values()]
+    stdout().print(table("", ["scheme", "", "cache rows", "index rows"], rows))
+    stdout().print("`atomc explain MODEL --scheme NAME --layouts` shows what each does to every tensor.", style="dim")
 
 
 def passes_command(as_json: JsonOption = False) -> None:

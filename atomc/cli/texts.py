@@ -1,4 +1,4 @@
-"""The documents that `atomc eval` scores, read from a file."""
+"""The documents that `atomc eval` and `atomc calibrate` read from a file."""
 
 from __future__ import annotations
 
@@ -54,3 +54,12 @@ def limited(documents: Iterable[str], limit: int | None) -> Iterator[str]:
         limit -= len(data)
         if limit <= 0:
             return
+
+
+def pieces(documents: Iterable[str], length: int) -> Iterator[str]:
+    """Documents cut into pieces of `length` characters; what is left at an end is a piece if it is half as long."""
+    for text in documents:
+        for at in range(0, len(text), length):
+            piece = text[at : at + length]
+            if at == 0 or 2 * len(piece) >= length:
+                yield piece

@@ -106,7 +106,7 @@ def test_native_takes_the_bytes_of_the_checkpoint_and_rounds_what_enters() -> No
     assert torch.equal(case.values(x), F.linear(rounded(x, ACT), case.dense[0]))
     weight, activation = case.ctx.decisions
     assert (weight.name, weight.layout, weight.bytes, weight.origin) == ("attn.wq_b", TILE, N * D + 2, "stored")
-    assert (weight.by, activation.name) == ("scheme native, rule 1", "input of attn.wq_b")
+    assert (weight.by, activation.name) == ("native, rule 1", "input of attn.wq_b")
     assert (activation.layout, activation.bytes) == (ACT, D + 1)
     assert "when loaded" in weight.lowering
 

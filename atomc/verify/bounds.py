@@ -1,0 +1,90 @@
+"""How far a step may be from its float64 reference: from the arithmetic, with the reason beside each number.
+
+    kind of step                      bound, for each element
+    views, gathers, copies, integers  0: nothing is computed
+    cast to a narrower float          half a spacing of the new dtype
+    dequantize                        0 where scales are powers of two (a code times one is exact); else one rounding
+    quantize                          0: the input is the same, so the value that the rule rounds to is known
+    one product (linear, mm, bmm)     2 · 2^-24 · √K · Σ|x||w|, the probabilistic bound of a sum of K products (Higham
+                                      and Mary, 2019: errors of either sign cancel, √K in place of K), and u · |y|
+    one function (mul, cos, …)        8 · u · |y|: the functions of a vector library are off by a few units
+    a fused operator                  SAFETY · √K · (what moving every input by u moves the result, and u · |y|); a
+                                      bfloat16 step sums in float32 and rounds a few times: COARSE in place of both
+    … rounded to a format at its end  what enters the rounding obeys the line above, δ; a value may then fall on a
+                                      neighbour only where it lies within δ of the midpoint
+    … rounded to a format inside      and what the undecided values inside (within δ of a midpoint) move the result
+    a choice (top-k)                  a chosen score is not below the k-th best by more than the bound of the scores
+
+u is the unit roundoff, 2^-24 in float32, 2^-8 where a step computes in bfloat16. K is the longest sum, at least CHAIN.
+Why √K for what moves a fused operator: u of either sign moves a sum of K terms by their root mean square, its own
+roundings by up to √K times that; where all terms have one sign, as in large attention scores, by more: SAFETY.
+A float64 result is off by 2^-53 of itself, which no bound here sees. NaN and infinity are never within a bound.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+# Over all steps of the bundled model and in every scheme, the largest error is 0.4 of its bound
+# (tests/verify/test_clean.py holds it below 0.75).
+SAFETY: Final = 4.0
+COARSE: Final = 3.0
+UNIT: Final = {torch.float32: 2.0**-24, torch.float64: 2.0**-53, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+CHAIN: Final = 16  # a fused operator without long sums still rounds after each of its functions
+JITTERS: Final = 2  # runs with every input off by u
+FLOOR: Final = 0.25  # of the root mean square over a tensor: a row whose jitter happened to cancel is not held to it
+MOST_FLIPS: Final = 12  # runs with undecided values rounded the other way, one of each token in each
+
+EXACT: Final = frozenset(
+    f"aten.{name}"
+    for name in (
+        "alias.default", "arange.default", "clamp.default", "clone.default", "contiguous.default", "cat.default",
+        "detach.default", "embedding.default", "expand.default", "eye.default", "flatten.using_ints", "full.default",
+        "gather.default", "index.Tensor", "index_select.default", "ones.default", "permute.default", "reshape.default",
+        "select.int", "slice.Tensor", "split.Tensor", "split_with_sizes.default", "squeeze.dim", "stack.default",
+        "transpose.int", "unbind.int", "unflatten.int", "unsqueeze.default", "view.default", "where.self",
+        "zeros.default",
+    )
+)  # fmt: skip
+ROUNDINGS: Final = frozenset({"quantize", "pack_rows"})
+COPIES: Final = frozenset({"cache_insert", "compressed_insert", "compressor_update"})  # between equal dtypes
+PRODUCTS: Final = frozenset({"aten.linear.default", "aten.mm.default", "aten.bmm.default", "aten.matmul.default"})
+CASTS: Final = frozenset({"aten.to.dtype", "aten._to_copy.default"})
+
+
+def unit_of(values: Any) -> float:
+    """u of the coarsest dtype that a step reads, is told of, or gives."""
+    found = [v.dtype if isinstance(v, Tensor) else v for v in values if isinstance(v, (Tensor, torch.dtype))]
+    return max((UNIT[d] for d in found if d in UNIT), default=UNIT[torch.float32])
+
+
+def depth_of(op: str, values: Any) -> int:
+    """The longest sum of a step: the last dim of what it reads; of hyper-connections all streams of a token."""
+    shapes = [tuple(v.shape) for v in values if isinstance(v, Tensor) and v.is_floating_point() and v.dim()]
+    if "hc_" in op:
+        return max(math.prod(s[-2:]) for s in shapes)
+    return max((s[-1] for s in shapes), default=CHAIN)
+
+
+def product_bound(magnitudes: Tensor, nominal: Tensor, depth: int, unit: float) -> Tensor:
+    """Of a sum of `depth` products: `magnitudes` is the sum of their absolute values."""
+    return (2 * UNIT[torch.float32] * math.sqrt(depth)) * magnitudes + unit * nominal.abs()
+
+
+def moved_bound(nominal: Tensor, moved: list[Tensor], depth: int, unit: float) -> Tensor:
+    """Of a fused operator: `moved` are its results with every input off by `unit`."""
+    if not nominal.numel():
+        return nominal
+    distance = torch.stack([(m - nominal).abs() for m in moved]).amax(0)
+    row = distance
+    if distance.dim():
+        row = distance.amax(-1, keepdim=True)
+        if distance.dim() > 2 and distance.shape[-2] <= 8:  # a few heads or streams: too few to hit the worst
+            row = row.amax(-2, keepdim=True)
+    floor = FLOOR * distance.square().mean().sqrt()
+    factor = SAFETY * math.sqrt(max(depth, CHAIN)) if unit <= UNIT[torch.float32] else COARSE
+    return factor * (torch.maximum(row, floor) + unit * nominal.abs())

@@ -1,0 +1,74 @@
+"""What a step is about, in names a user knows: the weights behind a slot, the state it writes, the model's tensors."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from atomc.artifact.facts import is_scale
+from atomc.artifact.plan import Arg, RegionPlan, Slot, Step
+
+
+def slots_of(step: Step) -> list[int]:
+    """Slots that a step reads or writes, in the order of its arguments."""
+    found: list[int] = []
+    for arg in (*step.args, *step.kwargs.values()):
+        found += _slots(arg)
+    return found
+
+
+def _slots(arg: Arg) -> list[int]:
+    if isinstance(arg, list):
+        return [slot.id for slot in arg if isinstance(slot, Slot)]
+    return [arg.id] if isinstance(arg, Slot) else []
+
+
+class Names:
+    """Names of a region's slots: inputs by role, and the weights behind what is prepared of them."""
+
+    def __init__(self, region: RegionPlan) -> None:
+        self.role = {item.slot: item.role for item in region.inputs}
+        self.name = {item.slot: item.name for item in region.inputs}
+        self._slots = region.slots
+        self._behind: dict[int, list[str]] = {i.slot: [i.name] for i in region.inputs if i.role == "weight"}
+        for step in region.prepare:
+            weights = [name for slot in slots_of(step) for name in self._behind.get(slot, [])]
+            self._behind |= {slot: weights for slot in step.outputs if slot is not None}
+
+    def weights(self, step: Step) -> list[str]:
+        """Names of the weights that a step reads, directly or as they were prepared; scales go with what they scale."""
+        found = list(dict.fromkeys(name for slot in slots_of(step) for name in self._behind.get(slot, [])))
+        return [name for name in found if not is_scale(name, found)]
+
+    def states(self, step: Step) -> list[str]:
+        """Names of the state that a step reads or writes."""
+        return list(dict.fromkeys(self.name[s] for s in slots_of(step) if self.role.get(s) == "state"))
+
+    def subject(self, step: Step, prefix: str, written: str | None) -> str:
+        """What to call the tensor that is wrong: the state written, else the weight, else the state read, else a slot.
+
+        Args:
+            written: name of the state that the step writes, where that is what is wrong.
+        """
+        if written is not None:
+            return prefix + written
+        if weights := self.weights(step):
+            return f"{prefix}{weights[0]}" + (f" and {len(weights) - 1} more" if len(weights) > 1 else "")
+        if states := self.states(step):
+            return prefix + states[0]
+        made = [self._slots[s].name for s in step.outputs if s is not None]
+        return prefix + (made[0] if made else "?")
+
+
+@lru_cache(maxsize=64)
+def expanded(name: str) -> tuple[str, ...]:
+    """The parameters behind a weight of a region: `attn.wq_a|attn.wkv.weight` stands for two, joined along rows.
+
+    A later one is named from the model's block, or from the first's parent: `indexer.compressor.wkv|compressor.wgate`.
+    """
+    ending = ".weight" if name.endswith(".weight") else ""
+    first, *others = name.removesuffix(".weight").split("|")
+    found = [first]
+    for other in others:
+        at = first.rfind(other.split(".", 1)[0] + ".")
+        found.append(first[: max(at, 0)] + other)
+    return tuple(part + ending for part in found)

@@ -1,0 +1,330 @@
+"""One step, judged: what it gave against its reference in float64 on the same arguments.
+
+Pseudo-code, for an `atom` operator:
+    nominal = reference in float64; jittered = the same with every input off by u (see `atomc.verify.wide`)
+    each rounding inside: undecided values rounded the other way, one of each token at a time
+    each result: judged within what jitter and undecided values move it (see `atomc.verify.bounds`)
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from atomc.artifact.check_region import operator_of
+from atomc.ops import OPS
+from atomc.ops.registry import NAMESPACE
+from atomc.runtime.bind import resolve
+from atomc.verify import bounds, grid, judge
+from atomc.verify.errors import VerifyError
+from atomc.verify.judge import Verdict
+from atomc.verify.wide import PackedRows, Rounding, Script, Trace, run_wide, widen, widen_dtype
+
+# Results that are choices: result -> the argument that says how many may be seen, if any.
+CHOICES: Final = {"index_topk": 0, "index_rope_topk": 0, "route_topk": 1}
+
+
+@dataclass(frozen=True)
+class Observation:
+    """A step that has run.
+
+    Attributes:
+        op: `namespace.name.overload`. arguments: by the schema's names, what is mutated as it was before.
+        results: in the schema's order. mutated: argument -> what it is now.
+        reserved: mutated arguments whose first page is nobody's: padding is written there.
+    """
+
+    op: str
+    arguments: dict[str, Any]
+    results: tuple[Any, ...]
+    mutated: dict[str, Tensor] = field(default_factory=dict)
+    reserved: frozenset[str] = frozenset()
+
+    @property
+    def name(self) -> str:
+        """The operator's name in its namespace."""
+        return self.op.split(".")[1]
+
+
+def named_arguments(op: str, args: tuple[Any, ...] | list[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments by the names of the operator's schema."""
+    overload = operator_of(op)
+    if overload is None:
+        raise VerifyError(f"{op} is no operator of aten or atom.")
+    names = [a.name for a in overload._schema.arguments if not a.kwarg_only]
+    return dict(zip(names, args, strict=False)) | dict(kwargs)
+
+
+def mutates(op: str) -> tuple[str, ...]:
+    """Names of the arguments that an operator writes."""
+    overload = operator_of(op)
+    assert overload is not None
+    return tuple(a.name for a in overload._schema.arguments if a.alias_info is not None and a.alias_info.is_write)
+
+
+def observe(op: str, arguments: dict[str, Any], reserved: frozenset[str] = frozenset()) -> Observation:
+    """Run a step as the plan does, on copies of what it writes."""
+    fresh = {name: arguments[name].clone() for name in mutates(op)}
+    given = arguments | fresh
+    result = _call(resolve(op), op, given)
+    results = tuple(result) if isinstance(result, (tuple, list)) else () if result is None else (result,)
+    return Observation(op, arguments, results, fresh, reserved)
+
+
+def _call(function: Callable[..., Any], op: str, arguments: dict[str, Any]) -> Any:
+    """Torch's own functions take what is positional by its place."""
+    overload = operator_of(op)
+    assert overload is not None
+    order = [a.name for a in overload._schema.arguments if not a.kwarg_only and a.name in arguments]
+    return function(*(arguments[n] for n in order), **{n: v for n, v in arguments.items() if n not in order})
+
+
+def examine(seen: Observation) -> list[Verdict]:
+    """A verdict on every result and on everything the step writes; several parts of one result are one verdict."""
+    if not seen.op.startswith(f"{NAMESPACE}."):
+        return _examine_aten(seen)
+    if seen.name == "dequantize":
+        return [_examine_dequantize(seen)]
+    return _Examination(seen).verdicts()
+
+
+# -- aten --------------------------------------------------------------------------------------------------------------
+
+
+def _examine_aten(seen: Observation) -> list[Verdict]:
+    wide = {name: widen_dtype(widen(value)) for name, value in seen.arguments.items()}
+    function = operator_of(seen.op)
+    assert function is not None
+    expected = _call(function, seen.op, wide)
+    expected = tuple(expected) if isinstance(expected, (tuple, list)) else (expected,)
+    return [
+        judge.compare(f"out {i}", found, ideal, _aten_bound(seen, function, wide, ideal, found))
+        for i, (found, ideal) in enumerate(zip(seen.results, expected, strict=True))
+    ]
+
+
+def _aten_bound(
+    seen: Observation, function: Callable[..., Any], wide: dict[str, Any], ideal: Tensor, found: Tensor
+) -> Tensor | float:
+    op, unit = seen.op, bounds.unit_of((*seen.arguments.values(), *seen.results))
+    if op in bounds.EXACT:
+        return 0.0
+    if op in bounds.CASTS:
+        source = next(v for v in seen.arguments.values() if isinstance(v, Tensor))
+        narrower = source.dtype != found.dtype and found.dtype in bounds.UNIT
+        held = source.dtype in bounds.UNIT and bounds.UNIT[source.dtype] >= bounds.UNIT.get(found.dtype, 1.0)
+        return bounds.UNIT[found.dtype] * ideal.abs() + 2.0**-134 if narrower and not held else 0.0
+    if op in bounds.PRODUCTS:
+        magnitudes = _call(function, op, {n: v.abs() if isinstance(v, Tensor) else v for n, v in wide.items()})
+        return bounds.product_bound(magnitudes, ideal, bounds.depth_of(op, wide.values()), unit)
+    # One function of each element, or one we know nothing of: a few units, and the reach of an argument reduction.
+    return 8 * unit * (ideal.abs() + 0.125 * ideal.abs().amax() if ideal.numel() else ideal.abs())
+
+
+def _examine_dequantize(seen: Observation) -> Verdict:
+    """Stored numbers by their definition."""
+    given = seen.arguments
+    try:
+        expected, _ = grid.unpacked(given["codes"], given["scales"], given["layout"])
+    except VerifyError as error:
+        return judge.broken("out 0", error.message)
+    inexact = grid.grid_of(given["layout"]).scale == "float32"
+    unit = bounds.UNIT[given["dtype"]]
+    return judge.compare("out 0", seen.results[0], expected, unit * expected.abs() if inexact else 0.0)
+
+
+# -- atom --------------------------------------------------------------------------------------------------------------
+
+
+class _Examination:
+    """An `atom` step: its reference's runs, and the verdicts that follow."""
+
+    def __init__(self, seen: Observation) -> None:
+        self.seen, self.reference = seen, OPS[seen.name].reference
+        self.unit = bounds.unit_of((*seen.arguments.values(), *seen.results))
+        # A rounding alone has nothing before it that could be off, and a copy nothing at all.
+        copies = seen.name in bounds.COPIES and self.unit <= bounds.UNIT[torch.float32]
+        self.exact = copies or seen.name in bounds.ROUNDINGS
+        self.depth = bounds.depth_of(seen.op, seen.arguments.values())
+        self.chosen: tuple[Tensor, ...] = ()
+        self.moved: list[Trace] = []
+        self.flips: list[Trace] = []
+
+    def verdicts(self) -> list[Verdict]:
+        found: dict[str, list[Verdict]] = {}
+        for verdict in self._parts():
+            found.setdefault(verdict.what, []).append(verdict)
+        return [judge.worst(parts) for parts in found.values()]
+
+    def _parts(self) -> Iterator[Verdict]:
+        choice = CHOICES.get(self.seen.name)
+        if choice is not None:
+            verdict = self._choice(choice)
+            yield verdict
+            if len(self.seen.results) == 1 or verdict.why:
+                return
+            self.chosen = (self.seen.results[choice],)  # what follows from the choice is judged for the choice made
+        self._run()
+        for number, result in enumerate(self.seen.results):
+            if number != choice and result is not None:
+                yield self._result(number, result)
+        for name, found in self.seen.mutated.items():
+            yield from self._written(name, found)
+
+    def _run(self) -> None:
+        self.nominal = self._wide(Script(chosen=self.chosen))
+        if self.exact:
+            return
+        frozen = tuple(r.values for r in self.nominal.roundings)
+        self.moved = [
+            self._wide(Script(self.unit, seed, frozen, self.chosen or tuple(self._indices())))
+            for seed in range(bounds.JITTERS)
+        ]
+        self.flips = list(self._flipped(frozen))
+
+    def _wide(self, script: Script) -> Trace:
+        return run_wide(self.reference, self.seen.arguments, tuple(self.seen.mutated), script)
+
+    def _indices(self) -> Iterator[Tensor]:
+        """A jittered run chooses what the nominal one did: its own near ties say nothing of rounding."""
+        if self.seen.name == "route_topk":
+            k = self.seen.arguments["k"]
+            yield from (scores.topk(k, dim=-1).indices for scores in self.nominal.choices)
+
+    # -- values that are rounded inside --------------------------------------------------------------------------------
+
+    def _flipped(self, frozen: tuple[Tensor, ...]) -> Iterator[Trace]:
+        """Runs in which undecided roundings that the result depends on went the other way."""
+        for number, rounding in enumerate(self.nominal.roundings):
+            if any(rounding.values is r for r in self.nominal.results):
+                continue  # a result itself, judged as such
+            for values in _other_ways(rounding, self._slack_of(number)):
+                replaced = (*frozen[:number], values, *frozen[number + 1 :])
+                yield self._wide(Script(0.0, 0, replaced, self.chosen or tuple(self._indices())))
+
+    def _slack_of(self, number: int) -> Tensor:
+        nominal = self.nominal.roundings[number].x
+        return self._slack(nominal, [t.roundings[number].x for t in self.moved])
+
+    def _slack(self, nominal: Tensor, moved: list[Tensor], flipped: list[Tensor] | None = None) -> Tensor:
+        """What a value of the reference may be off by, before it is rounded."""
+        if self.exact or not nominal.is_floating_point():
+            return torch.zeros_like(nominal)
+        slack = bounds.moved_bound(nominal, moved, self.depth, self.unit)
+        for number, other in enumerate(flipped or ()):
+            moves = (other - nominal).abs()
+            # Several that went together may have cancelled here, where some of them alone would not.
+            slack = slack + (moves if number < bounds.MOST_FLIPS - 1 else moves.amax(-1, keepdim=True))
+        return slack
+
+    # -- results -------------------------------------------------------------------------------------------------------
+
+    def _result(self, number: int, found: Tensor) -> Verdict:
+        what = f"out {number}"
+        for at, rounding in enumerate(self.nominal.roundings):
+            if self.nominal.results[number] is rounding.values or self.nominal.results[number] is rounding.scales:
+                codes = next(i for i, r in enumerate(self.nominal.results) if r is rounding.values)
+                pair = self.seen.results[codes], self.seen.results[codes + 1]
+                return judge.judge_pair(f"out {codes}", *pair, rounding.text, rounding.x, self._slack_of(at))
+        expected = self.nominal.results[number]
+        if self.seen.name == "pack_rows":
+            rows = grid.row_grid_of(self.seen.arguments["rows"])
+            body, scales = found[:, : rows.body_bytes], found[:, rows.body_bytes :]
+            return judge.judge_records(what, body, scales, rows.text, self.nominal.packed[0].x, 0.0)
+        moved, flipped = [t.results[number] for t in self.moved], [t.results[number] for t in self.flips]
+        return judge.compare(what, found, expected, self._slack(expected, moved, flipped))
+
+    def _choice(self, number: int) -> Verdict:
+        self._run()
+        found, given = self.seen.results[number], self.seen.arguments
+        runs = [self._scores(t) for t in (self.nominal, *self.moved, *self.flips)]
+        scores, moved, flipped = runs[0], runs[1 : 1 + len(self.moved)], runs[1 + len(self.moved) :]
+        if self.seen.name == "route_topk":
+            visible, wanted = torch.full(found.shape[:1], scores.shape[1]), given["k"]
+        else:
+            visible, wanted = (given["positions"].long() + 1) // given["ratio"], given["topk"]
+        finite = scores.masked_fill(scores.isinf(), 0.0)
+        slack = self._slack(finite, [m.masked_fill(m.isinf(), 0.0) for m in moved],
+                            [f.masked_fill(f.isinf(), 0.0) for f in flipped])  # fmt: skip
+        # Either of the two that are compared may be off.
+        worst = 2 * slack.amax(1, keepdim=True)
+        return judge.judge_choice(f"out {number}", found, scores, visible, wanted, worst)
+
+    def _scores(self, trace: Trace) -> Tensor:
+        """[T, n] of all recorded choices; the reference leaves out requests of which nothing can be seen yet."""
+        given = self.seen.arguments
+        if "query_start" not in given:
+            return trace.choices[0]
+        tokens, wide = given["positions"].shape[0], max((c.shape[1] for c in trace.choices), default=1)
+        out = torch.full((tokens, wide), -torch.inf, dtype=torch.float64)
+        visible, starts = (given["positions"] + 1) // given["ratio"], given["query_start"].tolist()
+        rows = [t for a, b in itertools.pairwise(starts) if b > a and visible[b - 1] for t in range(a, b)]
+        at = 0
+        for choice in trace.choices:
+            out[torch.tensor(rows[at : at + len(choice)]), : choice.shape[1]] = choice
+            at += len(choice)
+        return out
+
+    # -- what is written -----------------------------------------------------------------------------------------------
+
+    def _written(self, name: str, found: Tensor) -> Iterator[Verdict]:
+        first = 1 if name in self.seen.reserved else 0
+        if self.nominal.packed and found.dtype == torch.uint8:
+            yield from self._packed(name, found, self.nominal.packed[0], first)
+            return
+        expected = self.nominal.mutated[name]
+        moved, flipped = [t.mutated[name][first:] for t in self.moved], [t.mutated[name][first:] for t in self.flips]
+        slack = self._slack(expected[first:], moved, flipped)
+        slack = torch.where(expected[first:] == self.seen.arguments[name][first:].double(), 0.0, slack)
+        verdict = judge.compare(name, found[first:], expected[first:], slack)
+        yield _moved_down(verdict, first)
+
+    def _packed(self, name: str, found: Tensor, rows: PackedRows, first: int) -> Iterator[Verdict]:
+        """Rows written: as the format rounds them. All else: the bytes as they were."""
+        text = rows.text
+        body, scales = grid.records_of(found, text)
+        count = body.shape[1]
+        places = torch.cat(rows.places) if rows.places else torch.empty(0, dtype=torch.long)
+        ours = places >= first * count
+        places = places[ours]
+        before = self.nominal.mutated[name].clone() if not rows.x.numel() else self.seen.arguments[name].clone()
+        page, row = places // count, places % count
+        if rows.x.numel():
+            moved = [t.packed[0].x for t in self.moved]
+            x, slack = rows.x[ours], self._slack(rows.x, moved)[ours]
+            at = (body[page, row], scales[page, row])
+            for part, records in zip(grid.records_of(before, text), at, strict=True):
+                part[page, row] = records
+            if len(places):
+                yield judge.judge_records(name, *at, text, x, slack)
+        yield _moved_down(judge.compare(name, found[first:], before[first:], 0.0), first)
+
+
+def _moved_down(verdict: Verdict, first: int) -> Verdict:
+    """With the page number counted from the reserved one."""
+    return replace(verdict, index=(verdict.index[0] + first, *verdict.index[1:])) if verdict.index else verdict
+
+
+def _other_ways(rounding: Rounding, slack: Tensor) -> Iterator[Tensor]:
+    """The values of a rounding with undecided ones rounded the other way: of each token one in each run.
+
+    The furthest first; what is left after `MOST_FLIPS` runs, small ones, or a block whose scale is undecided, together.
+    """
+    layout = grid.grid_of(rounding.text)
+    # A power of two may be undecided itself; another scale moves with what it is made of, which is no rounding.
+    scale = rounding.scales if layout.scale == "float32" else None
+    up, down = (grid.rounded(rounding.x + sign * slack, rounding.text, scale)[0] for sign in (1, -1))
+    other = torch.where(up != rounding.values, up, down)
+    distance = (other - rounding.values).abs().flatten(1)
+    order = distance.argsort(dim=1, descending=True)
+    rank = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1]).expand_as(order))
+    rank = torch.where(distance > 0, rank, order.shape[1]).view(other.shape)
+    most = int((distance > 0).sum(1).max())
+    for number in range(min(most, bounds.MOST_FLIPS)):
+        now = rank == number if number < bounds.MOST_FLIPS - 1 else (rank >= number) & (rank < order.shape[1])
+        yield torch.where(now, other, rounding.values)

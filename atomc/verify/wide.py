@@ -1,0 +1,234 @@
+"""Running an operator's reference in float64: the same code, with every float32 and bfloat16 it asks for made wider.
+
+Contract:
+    While a `Wide` is active, `.float()`, `.to(dtype)` and `dtype=` of a narrow float give float64, and what is still
+    narrow is widened where it meets a float64. Integers, codes and bytes stay as they are. Quantising and dequantising
+    are recorded and computed by `atomc.verify.grid`; packing cache rows runs as it is, on the row rounded to float32.
+
+Terms:
+    rounding    a place where the reference quantises: what it was before, float64, and what it became
+    choice      a `topk` of the reference: the scores it chose by
+    jitter      one more run with every number off by at most `unit`, rounded to the nominal run's values and choosing
+                what it chose: how far its results move says how the result depends on rounding errors of that size
+
+Why the redirection: references call `quantize` and `RowLayout.pack` as plain functions, which torch's modes do not see.
+They are replaced while a `Wide` is active, in this process; a verification runs in one thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+import atomc.ops.quantize as quantize_ops
+from atomc.formats import Layout, Records, RowLayout
+from atomc.verify import grid
+
+NARROW: Final = (torch.float32, torch.bfloat16, torch.float16)
+_CASTS: Final = (Tensor.float, Tensor.bfloat16, Tensor.half)
+_TOPK: Final = (torch.topk, Tensor.topk)
+_BITS: Final = (Tensor.view,)  # a dtype here is a reading of bits, not a conversion
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """A `quantize` of the reference: float64 x, and what stands for its codes (values, float64) and scales."""
+
+    text: str
+    x: Tensor
+    values: Tensor
+    scales: Tensor
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """Cache rows that the reference packed: float64 x [N, channels]; flat places [N] where it stored them."""
+
+    text: str
+    x: Tensor
+    places: list[Tensor] = field(default_factory=list)
+
+
+@dataclass
+class Trace:
+    """What a run recorded, in order, beside its results."""
+
+    roundings: list[Rounding] = field(default_factory=list)
+    packed: list[PackedRows] = field(default_factory=list)
+    choices: list[Tensor] = field(default_factory=list)
+    results: tuple[Any, ...] = ()
+    mutated: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Script:
+    """What a run is to do other than compute.
+
+    Attributes:
+        unit: of the jitter; 0 for none. seed: of its signs.
+        frozen: roundings by their number: take these values. chosen: choices by their number: take these indices.
+    """
+
+    unit: float = 0.0
+    seed: int = 0
+    frozen: Sequence[Tensor] = ()
+    chosen: Sequence[Tensor] = ()
+
+
+class Wide(TorchFunctionMode):
+    """See the module's contract."""
+
+    def __init__(self, script: Script) -> None:
+        super().__init__()
+        self.script, self.trace, self.asleep = script, Trace(), False
+        self._signs = torch.Generator().manual_seed(script.seed)
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self.asleep:
+            return func(*args, **kwargs)
+        if func in _CASTS:
+            return args[0].double()
+        if func in _TOPK:
+            return self._choose(func, args, kwargs)
+        if func not in _BITS:
+            args, kwargs = tuple(widen_dtype(a) for a in args), {k: widen_dtype(v) for k, v in kwargs.items()}
+            tensors = [t for a in args for t in (a if isinstance(a, (list, tuple)) else (a,)) if isinstance(t, Tensor)]
+            if any(t.dtype == torch.float64 for t in tensors):
+                args = tuple(widen(a) for a in args)
+                kwargs = {k: widen(v) for k, v in kwargs.items()}
+        return func(*args, **kwargs)
+
+    def jitter(self, x: Tensor) -> Tensor:
+        """x off by the unit, up or down; as it is where there is none."""
+        if not self.script.unit:
+            return x
+        signs = torch.randint(0, 2, x.shape, generator=self._signs, dtype=torch.int8)
+        return x * (1 + self.script.unit * (2.0 * signs - 1))
+
+    def _choose(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        found = func(*args, **kwargs)
+        number = len(self.trace.choices)
+        self.trace.choices.append(args[0])
+        if number < len(self.script.chosen):
+            indices = self.script.chosen[number]
+            return torch.return_types.topk((args[0].gather(-1, indices), indices))
+        return found
+
+    # -- what the redirected functions do ------------------------------------------------------------------------------
+
+    def quantize(self, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+        """The values that stand for the codes, and the scales."""
+        with self._asleep():
+            number, x = len(self.trace.roundings), x.double()
+            values, scales = grid.rounded(x, str(layout))
+            if number < len(self.script.frozen):
+                values = self.script.frozen[number]
+            self.trace.roundings.append(Rounding(str(layout), x, values, scales))
+            return values, scales
+
+    def dequantize(self, codes: Tensor, scales: Tensor, layout: Layout, dtype: torch.dtype = torch.float32) -> Tensor:
+        """float64 values of stored codes, or of what stands for codes."""
+        with self._asleep():
+            return self.jitter(codes if codes.dtype == torch.float64 else grid.unpacked(codes, scales, str(layout))[0])
+
+    def pack(self, rows: RowLayout, x: Tensor) -> Records:
+        """Stored bytes, of x in float32."""
+        with self._asleep():
+            self.trace.packed.append(PackedRows(str(rows), x.double()))
+            return PACK(rows, x.float())
+
+    def unpack(self, rows: RowLayout, records: Records) -> Tensor:
+        """float64 rows of stored bytes."""
+        with self._asleep():
+            return self.jitter(grid.unpacked_records(records.body, records.scales, str(rows)))
+
+    def store(self, rows: RowLayout, pages: Tensor, places: Tensor, records: Records) -> None:
+        """Write records, and note where."""
+        with self._asleep():
+            if not self.trace.packed:
+                self.trace.packed.append(PackedRows(str(rows), torch.empty(0)))
+            self.trace.packed[-1].places.append(places)
+            STORE(rows, pages, places, records)
+
+    @contextmanager
+    def _asleep(self) -> Iterator[None]:
+        before, self.asleep = self.asleep, True
+        try:
+            yield
+        finally:
+            self.asleep = before
+
+
+PACK: Final = RowLayout.pack
+STORE: Final = RowLayout.store
+
+
+@contextmanager
+def _redirected(mode: Wide) -> Iterator[None]:
+    places: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
+        (quantize_ops, "to_layout", mode.quantize),
+        (quantize_ops, "from_layout", mode.dequantize),
+        (RowLayout, "pack", lambda rows, x: mode.pack(rows, x)),
+        (RowLayout, "unpack", lambda rows, records: mode.unpack(rows, records)),
+        (RowLayout, "store", lambda rows, pages, at, records: mode.store(rows, pages, at, records)),
+    )
+    before = [getattr(owner, name) for owner, name, _ in places]
+    for owner, name, function in places:
+        setattr(owner, name, function)
+    try:
+        yield
+    finally:
+        for (owner, name, _), function in zip(places, before, strict=True):
+            setattr(owner, name, function)
+
+
+def run_wide(function: Callable[..., Any], arguments: dict[str, Any], mutated: Sequence[str], script: Script) -> Trace:
+    """Run a reference on float64 copies of its arguments, by name; those in `mutated` are copied and given back.
+
+    A jittered run leaves what is mutated as it is: a cache's old rows are no input of the arithmetic.
+    """
+    mode = Wide(script)
+    wide = {name: widen(value) for name, value in arguments.items()}
+    for name in mutated:
+        wide[name] = arguments[name].double() if arguments[name].dtype in NARROW else arguments[name].clone()
+    for name, value in wide.items():
+        if name not in mutated:
+            wide[name] = _jittered(mode, value)
+    with _redirected(mode), mode:
+        results = function(**wide)
+    mode.trace.results = results if isinstance(results, tuple) else () if results is None else (results,)
+    mode.trace.mutated = {name: wide[name] for name in mutated}
+    return mode.trace
+
+
+# Of larger ones (weights) the rounding acts as that of what they are multiplied with does, and takes long to draw.
+_MOST_JITTERED: Final = 1 << 18
+
+
+def _jittered(mode: Wide, value: Any) -> Any:
+    if isinstance(value, Tensor) and value.dtype == torch.float64 and value.numel() <= _MOST_JITTERED:
+        return mode.jitter(value)
+    return value
+
+
+def widen(value: Any) -> Any:
+    """float64 for a narrow float tensor, also in lists; anything else as it is."""
+    if isinstance(value, Tensor):
+        return value.double() if value.dtype in NARROW else value
+    if isinstance(value, (list, tuple)) and any(isinstance(v, Tensor) for v in value):
+        return type(value)(widen(v) for v in value)
+    return value
+
+
+def widen_dtype(value: Any) -> Any:
+    """float64 for a narrow float dtype; anything else as it is."""
+    return torch.float64 if isinstance(value, torch.dtype) and value in NARROW else value

@@ -1,0 +1,177 @@
+"""One step at a time: every operator keeps its bounds, and every mistake in one breaks them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from atomc.ops import OPS, cpu
+from atomc.verify import Verdict, examine, observe
+from tests.verify.cases import CASES, EPS, arguments
+
+RESERVED = frozenset({"cache", "window"})
+
+
+def judged(case: str) -> list[Verdict]:
+    op, given = arguments(case)
+    return examine(observe(op, given, RESERVED))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_operator_keeps_its_bounds(case: str) -> None:
+    for seed in range(3):
+        torch.manual_seed(seed)
+        for verdict in judged(case):
+            assert verdict.ok, verdict
+            assert verdict.use < 0.75 or "dequantize" in case, verdict  # one rounding may take all of its half unit
+
+
+@pytest.mark.parametrize("case", ["dequantize", "dequantize fp4", "quantize", "quantize fp4", "pack_rows", "update"])
+def test_formats_and_copies_are_exact(case: str) -> None:
+    for verdict in judged(case):
+        assert (verdict.error, verdict.bound) == (0, 0), verdict
+
+
+@pytest.mark.parametrize("case", ["rms_norm", "rope", "experts", "attention", "hc_post_pre_norm"])
+def test_bounds_are_not_loose(case: str) -> None:
+    """Of a float32 step at most some hundred units, so that a wrong constant in the fifth digit shows."""
+    for verdict in judged(case):
+        assert 0 < verdict.bound < 2e-4, verdict
+
+
+# -- mistakes ----------------------------------------------------------------------------------------------------------
+
+Reference = Callable[..., Any]
+
+
+def wrong(name: str, **changed: Any) -> Reference:
+    """The operator with some of its arguments replaced."""
+    right = OPS[name].cpu
+
+    def run(**given: Any) -> Any:
+        return right(**(given | {n: f(given[n]) if callable(f) else f for n, f in changed.items()}))
+
+    return run
+
+
+def positional(name: str, function: Reference) -> Reference:
+    order = [a.name for a in OPS[name].overload._schema.arguments]
+    return lambda *args, **kwargs: function(**dict(zip(order, args, strict=False)), **kwargs)
+
+
+def after(name: str, change: Callable[[Tensor], Tensor]) -> Reference:
+    """The operator with its first result changed."""
+    right = OPS[name].cpu
+
+    def run(**given: Any) -> Any:
+        result = right(**given)
+        return (change(result[0]), *result[1:]) if isinstance(result, tuple) else change(result)
+
+    return run
+
+
+def nudged(x: Tensor) -> Tensor:
+    x = x.clone()
+    x.view(-1)[x.numel() // 2] *= 1 + 1e-3
+    return x
+
+
+def not_a_number(x: Tensor) -> Tensor:
+    x = x.clone()
+    x.view(-1)[0] = torch.nan
+    return x
+
+
+def shifted(codes: Tensor) -> Tensor:
+    """One code, one step up."""
+    codes = codes.clone()
+    codes.view(torch.uint8).view(-1)[7] += 1
+    return codes
+
+
+MISTAKES: list[tuple[str, str, Callable[[str], Reference]]] = [
+    ("norm without eps", "rms_norm", lambda n: wrong(n, eps=100 * EPS)),
+    ("norm without its weight", "rms_norm", lambda n: wrong(n, weight=None)),
+    ("one element off by a thousandth", "rms_norm", lambda n: after(n, nudged)),
+    ("one element not a number", "rms_norm", lambda n: after(n, not_a_number)),
+    ("rope the other way", "rope", lambda n: wrong(n, sin=lambda s: -s)),
+    ("rope of q the other way", "insert packed", lambda n: wrong(n, sin=lambda s: -s)),
+    ("rows inserted one place on", "insert", lambda n: wrong(n, positions=lambda p: p + 1)),
+    ("packed rows inserted one place on", "insert packed", lambda n: wrong(n, positions=lambda p: p + 1)),
+    ("one sinkhorn step less", "hc_post_pre_norm", lambda n: wrong(n, iters=2)),
+    ("streams mixed by the transpose", "hc_post_pre_norm_quant", lambda n: wrong(n, comb=lambda c: c.mT)),
+    ("window one short", "attention", lambda n: wrong(n, window_size=7)),
+    ("window one long, packed", "attention packed", lambda n: wrong(n, window_size=9)),
+    ("a sink left out", "attention", lambda n: wrong(n, sink=lambda s: s - 100)),
+    ("attention scale", "attention packed", lambda n: wrong(n, scale=0.31)),
+    ("compressed rows left out", "attention packed", lambda n: wrong(n, cache=None)),
+    ("pooling without overlap's order", "compressor", lambda n: wrong(n, ape=lambda a: a.flip(0))),
+    ("index rows not rotated", "compressor index", lambda n: wrong(n, rotate=False)),
+    ("rows rotated that are not to be", "compressor packed", lambda n: wrong(n, rotate=True)),
+    ("queries not rotated", "index packed", lambda n: wrong(n, layout="")),
+    ("index weights left out", "index", lambda n: wrong(n, weights=lambda w: torch.ones_like(w))),
+    ("a selected row twice", "index", lambda n: after(n, lambda r: torch.cat((r[:, :1], r[:, :1], r[:, 2:]), 1))),
+    ("selected rows of the future", "index", lambda n: after(n, lambda r: r + 100)),
+    ("state kept in the wrong place", "update", lambda n: wrong(n, positions=lambda p: p + 1)),
+    ("no routing weight", "experts", lambda n: wrong(n, weights=lambda w: torch.ones_like(w))),
+    ("no routing weight, packed", "experts packed", lambda n: wrong(n, weights=lambda w: torch.ones_like(w))),
+    ("wrong clamp", "experts", lambda n: wrong(n, limit=10.0)),
+    ("wrong clamp, packed", "experts packed", lambda n: wrong(n, limit=1.6)),
+    ("gate and up swapped", "experts packed", lambda n: wrong(n, w13=lambda w: w.roll(128, 1))),
+    ("experts not rounded inside", "experts packed", lambda n: wrong(n, inner_layout="e4m3:1x*:float32")),
+    ("swiglu without its clamp", "swiglu_quant", lambda n: wrong(n, limit=100.0)),
+    ("one code off by one", "swiglu_quant", lambda n: after(n, shifted)),
+    ("one code off by one, quantise", "quantize", lambda n: after(n, shifted)),
+    ("the wrong experts", "route_topk", lambda n: wrong(n, bias=lambda b: 0 * b)),
+    ("routing weights not normalised", "route_topk", lambda n: wrong(n, scale=1.0)),
+    ("experts of the next token", "route_hash", lambda n: wrong(n, ids=lambda i: i.roll(1))),
+    ("a floor forgotten", "quantize", lambda n: wrong(n, layout="e4m3:1x128:e8m0:1000.0")),
+]
+
+
+@pytest.mark.parametrize(("case", "make"), [m[1:] for m in MISTAKES], ids=[m[0] for m in MISTAKES])
+def test_every_mistake_breaks_a_bound(
+    case: str, make: Callable[[str], Reference], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = CASES[case][0]
+    assert all(v.ok for v in judged(case))
+    monkeypatch.setitem(OPS, name, dataclasses.replace(OPS[name], cpu=positional(name, make(name))))
+    assert any(not v.ok for v in judged(case))
+
+
+def test_there_are_as_many_mistakes_as_there_should_be() -> None:
+    assert len(MISTAKES) == 36
+    assert len({m[0] for m in MISTAKES}) == 36
+
+
+@pytest.mark.parametrize("op", ["aten.linear.default", "aten.mul.Tensor", "aten.cos.default", "aten.embedding.default"])
+def test_operators_of_torch_keep_their_bounds(op: str) -> None:
+    given: dict[str, dict[str, Any]] = {
+        "aten.linear.default": {"input": torch.randn(9, 640), "weight": torch.randn(30, 640)},
+        "aten.mul.Tensor": {"self": torch.randn(9, 640), "other": 0.3},
+        "aten.cos.default": {"self": torch.randn(9, 640) * 100},
+        "aten.embedding.default": {"weight": torch.randn(30, 8), "indices": torch.randint(0, 30, (9,))},
+    }
+    seen = observe(op, given[op])
+    (verdict,) = examine(seen)
+    assert verdict.ok, verdict
+    off = dataclasses.replace(seen, results=(nudged(seen.results[0]),))
+    assert not examine(off)[0].ok
+
+
+def test_a_rounded_product_is_within_half_a_spacing() -> None:
+    given = {"self": torch.randn(40, 40), "dtype": torch.bfloat16}
+    seen = observe("aten.to.dtype", given)
+    assert examine(seen)[0].ok
+    truncated = (given["self"].view(torch.int32) & -65536).view(torch.float32).bfloat16()
+    assert not examine(dataclasses.replace(seen, results=(truncated,)))[0].ok
+
+
+def test_the_cpu_kernels_are_what_is_judged() -> None:
+    """An operator's own function, not the reference: else nothing would ever differ."""
+    assert OPS["rms_norm"].cpu is cpu.rms_norm is not OPS["rms_norm"].reference
