@@ -36,6 +36,7 @@ demo: venv  ## compile a small, trained DeepSeek-V4, explain it, generate text; 
 	@mkdir -p build
 	$(ATOMC) compile deepseek-v4-nano --target cpu -o build/nano.atom
 	$(ATOMC) explain build/nano.atom
+	$(ATOMC) verify build/nano.atom
 	$(ATOMC) generate build/nano.atom "$(PROMPT)" --max-tokens 120 --temperature 0.9 --top-p 0.95 --seed 3 --stats
 	@echo
 	@echo '# For a GPU target the compiler names every op that has no kernel for it yet:'

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from atomc.formats.layout import Layout, block_amax, quantize, scales_of, spread
-from atomc.formats.scale import store_scale
+from atomc.formats.scale import power_of_two_above, store_scale
 
-# Of the scale that fits amax. Powers of two have one candidate more: half of it clips, for a grid twice as fine.
+# Of the scale that fits amax; smaller ones clip, for a finer grid. A power of two is halved or kept.
 _SHRINK: Final = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6)
 _HALVE: Final = (1.0, 0.5)
 
@@ -46,8 +46,12 @@ def _best(x: Tensor, layout: Layout, importance: Tensor | None) -> tuple[Tensor,
     rows, columns = x.shape
     fitting = scales_of(block_amax(x, layout), layout)
     best, least = fitting, torch.full_like(fitting, torch.inf)
-    for factor in _SHRINK if layout.scale == "float32" else _HALVE:
-        scale = (fitting * factor).clamp(min=2.0**-126)
+    factors = _SHRINK if layout.scale == "float32" else _HALVE
+    candidates = [(fitting * factor).clamp(min=2.0**-126) for factor in factors]
+    if layout.scale == "float32":
+        # Values that come from a format with power-of-two scales lie on this grid, and on no other.
+        candidates.append(power_of_two_above(fitting))
+    for scale in candidates:
         error = _errors(x, scale, layout, importance)
         best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
     codes = layout.element.encode(x / spread(best, layout, rows, columns))

@@ -4,7 +4,7 @@ Contract:
     Every weight of every call is compared. What the artifact takes from the checkpoint as it is, or converts without
     loss, must be equal. What it rounds must be what the checkpoint's value rounds to at the scale of its block, so it
     is within half a spacing; the scale must be the rule's. Only where scales were chosen by least squares may one be
-    smaller, down to half: then the largest values of its block are cut.
+    smaller, down to half: then the largest values of its block are cut; or a float32 scale the power of two above.
 
 Terms:
     parameter   a name of the model (spec 3.1); a weight of a region may be several joined, or all experts stacked
@@ -223,7 +223,10 @@ def _off(found: Tensor, part: Tensor, scale: Tensor, wanted: Tensor, layout: gri
     """What is wrong with values that were rounded anew; empty if nothing is."""
     ratio, slack = scale / wanted, 2.0**-20  # float32 scales are rounded themselves
     least = 1.0 if method == "amax" else SMALLEST
-    outside = ~((ratio >= least - slack) & (ratio <= 1 + slack))
+    inside = (ratio >= least - slack) & (ratio <= 1 + slack)
+    if method != "amax":  # a float32 scale may be the power of two above the rule's: the grid of stored FP8
+        inside |= (torch.frexp(scale).mantissa == 0.5) & (ratio >= 1) & (ratio < 2)
+    outside = ~inside
     if bool(outside.any()):
         at = tuple(outside.nonzero()[0].tolist())
         return f"the scale at {list(at)} is {float(scale[at]):g}, by the rule ({method}) {float(wanted[at]):g}"
