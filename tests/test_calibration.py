@@ -58,11 +58,11 @@ def test_mean_squares_are_those_of_the_models_inputs(
 
 @pytest.mark.slow
 def test_scales_follow_the_calibration(tmp_path: Path, means: dict[str, torch.Tensor]) -> None:
-    """A channel that nothing enters costs nothing: the scale fits the others."""
+    """Channels that nothing enters cost nothing: the scales fit the others."""
     checkpoint = random_checkpoint(tmp_path / "plain", tiny_config(**ONE_LAYER), quantized=False)
     width = 64
     importance = torch.ones(width)
-    importance[0] = 0
+    importance[::2] = 0
     write_calibration(tmp_path / "c.safetensors", {"layers.0.attn.wq_a.weight": importance})
     results = {}
     for name, calibration in (("without", None), ("with", tmp_path / "c.safetensors")):
