@@ -21,6 +21,8 @@ from torch import Tensor
 
 from atomc.artifact.plan import CallPlan, ProgramPlan, RegionPlan, Slot, Step
 from atomc.calibration import CalibrationError
+from atomc.models.deepseek_v4.weights import official_parameter
+from atomc.recipes import members
 from atomc.runtime.bind import Environment, Sizes
 from atomc.runtime.evaluate import evaluate
 from atomc.runtime.executor import Executor
@@ -86,11 +88,7 @@ def _weights(step: Step, region: RegionPlan, call: CallPlan, argument: int) -> I
     owner = slot if base is None else base
     for item in region.inputs:
         if item.role == "weight" and item.slot == owner:
-            first, *others = item.name.removesuffix(".weight").split("|")
-            parent = first.rpartition(".")[0]
-            for leaf in (first, *others):
-                whole = leaf if leaf.startswith(("attn.", "ffn.")) else f"{parent}.{leaf.rpartition('.')[2]}"
-                yield f"{call.prefix}{whole}.weight"
+            yield from (official_parameter(call.prefix + part) for part in members(item.name))
 
 
 class _Watched:

@@ -7,7 +7,7 @@ import platform
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast, get_args
@@ -27,15 +27,15 @@ from atomc.codegen.lower import Lowering
 from atomc.codegen.missing import missing_kernels, refuse
 from atomc.errors import AtomcError
 from atomc.models.deepseek_v4.config import DeepseekV4Config
-from atomc.models.deepseek_v4.promises import Rounded, promised_matches
-from atomc.models.deepseek_v4.state import fnuz_rows, row_layouts
+from atomc.models.deepseek_v4.promises import Rounded, products_of, promised_matches, regions_of
+from atomc.models.deepseek_v4.state import row_layouts
 from atomc.models.source import ModelSource, open_model
 from atomc.pack import Packed, Packing, Source, weights_of
 from atomc.passes import pipelines
 from atomc.passes.graph import location
 from atomc.passes.runner import Context, Pass, Row, run_pipeline
-from atomc.passes.scheme import IndexRows, Rows, Scheme, get_scheme
-from atomc.recipes import Choice, Method, Recipe, TensorSpec, instantiate, output_spec
+from atomc.passes.scheme import IndexRows, Rows, Scheme, SchemeError, get_scheme
+from atomc.recipes import Choice, Method, Recipe, TensorSpec, instantiate, joined, output_spec, stored_layout
 from atomc.report import Explanation, Layouts, explanation_of, layouts_of, write_report
 from atomc.targets import Target, get_target
 
@@ -225,10 +225,27 @@ def check_scheme(options: Options, config: DeepseekV4Config, target: Target) -> 
     try:
         rows, query = row_layouts(config, scheme.rows, scheme.index_rows, options.dtype)
     except ValueError as error:
-        raise CompileError(f"--index-rows {scheme.index_rows}: {error}.") from error
-    rows = {name: fnuz_rows(text) if target.fp8 == "fnuz" else text for name, text in rows.items()}
+        raise CompileError(f"rows {scheme.rows}, index rows {scheme.index_rows}: {error}.") from error
+    check_rules(scheme, config)
     calibration = None if options.calibration is None else Calibration(options.calibration)
     return Quantisation(scheme, target, rows, query, cast(Method, options.scales), calibration)
+
+
+def check_rules(scheme: Scheme, config: DeepseekV4Config) -> None:
+    """Whether each rule decides for some product of the model; a rule that decides nothing is a mistake in it."""
+    products = dict.fromkeys(product for region in regions_of(config) for product in products_of(region))
+    decided = {found[0] for p in products if (found := scheme.rule(p.kind, p.paths)) is not None}
+    for number, rule in enumerate(scheme.rules, start=1):
+        of_kind = [p for p in products if p.kind == rule.op]
+        fits = [joined(p.paths) for p in of_kind if rule.fits(p.kind, p.paths)]
+        touched = [joined(p.paths) for p in of_kind if any(re.fullmatch(rule.path, path) for path in p.paths)]
+        where = f"scheme {scheme.name}, rule {number} (path {rule.path!r})"
+        if half := [name for name in touched if name not in fits]:
+            raise SchemeError(f"{where}: {half[0]} is one product; a rule must fit all of its weights, or none.")
+        if number not in decided:
+            known = ", ".join(joined(p.paths) for p in of_kind)
+            why = f"an earlier rule decides for {', '.join(fits)}" if fits else f"the model's {rule.op} are {known}"
+            raise SchemeError(f"{where} decides nothing: {why}.")
 
 
 def check_stop(label: str | None, quantisation: Quantisation) -> None:
@@ -278,10 +295,14 @@ def fuse(
     progress(f"passes {region.name}", program.regions.index(region) + 1, len(program.regions))
     prefixes = [c.prefix for c in program.calls if c.region == region.name]
     weights = {i.placeholder: i.name for i in region.inputs if i.role == "weight"}
+    recipes = {path: source.recipe(prefixes, path, options.dtype) for path in weights.values()}
+    by_path = {path.removesuffix(".weight"): recipe for path, recipe in recipes.items()}
     ctx = Context(
         region.name,
-        expected=promised_matches(source.config, region.name, rounded(source, prefixes, quantisation)),
-        weights={p: source.recipe(prefixes, path, options.dtype) for p, path in weights.items()},
+        expected=promised_matches(
+            source.config, region.name, rounded(region.name, by_path, quantisation, options.dtype)
+        ),
+        weights={placeholder: recipes[path] for placeholder, path in weights.items()},
         module_paths=dict(weights),
         states={i.placeholder: i.name for i in region.inputs if i.role == "state"},
         dtype=DTYPES[options.dtype],
@@ -300,23 +321,17 @@ def choice_of(quantisation: Quantisation, prefixes: list[str]) -> Choice:
     return Choice("mse", lambda weight: known.importance(prefixes, weight))
 
 
-def rounded(source: ModelSource, prefixes: list[str], quantisation: Quantisation) -> Rounded:
-    """Which products and caches the scheme quantises, for what the model promises of them."""
-    prefix = prefixes[0]
-    if not prefix:  # the prologue and the head have neither
-        return Rounded()
-
-    def activation(op: str, parameter: str) -> str | None:
-        found = quantisation.scheme.rule(op, (parameter.removesuffix(".weight"),))
-        if found is None or found[1].weight == "bfloat16":
-            return None
-        plain = found[1].weight == "stored" and source.storage(prefix, parameter) == "plain"
-        return None if plain else found[1].activation
-
+def rounded(region: str, recipes: Mapping[str, Recipe], quantisation: Quantisation, dtype: str) -> Rounded:
+    """Which products and caches the scheme quantises, for what the model promises; `recipes`: by path in the block."""
+    found: dict[tuple[str, ...], str | None] = {}
+    for product in products_of(region):
+        rule = quantisation.scheme.rule(product.kind, product.paths)
+        stored = {stored_layout(recipes[path]) for path in product.paths}
+        if rule is not None and rule[1].packs(stored.pop() if len(stored) == 1 else None):
+            found[product.paths] = rule[1].activation
     return Rounded(
-        linear=activation("linear", "attn.wq_b.weight"), grouped=activation("grouped_output", "attn.wo_a.weight"),
-        experts=activation("experts", "ffn.experts.w13"), rows=bool(quantisation.rows.get("window")),
-        index_rows=bool(quantisation.rows.get("index_rows")), scaled=quantisation.target.is_gpu,
+        found, rows=bool(quantisation.rows.get("window")), index_rows=bool(quantisation.rows.get("index_rows")),
+        scaled=quantisation.target.is_gpu, casts=dtype != "float32",
     )  # fmt: skip
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from atomc.formats import Layout
+from dataclasses import replace
+
+from atomc.formats import Layout, RowLayout
 from atomc.passes.graph import PassError
 from atomc.targets import Target
 
@@ -10,6 +12,11 @@ from atomc.targets import Target
 def on_target(layout: Layout, target: Target) -> Layout:
     """The layout in the target's FP8 dialect; the numbers are the same."""
     return layout.fnuz() if target.fp8 == "fnuz" else layout
+
+
+def rows_on_target(rows: RowLayout, target: Target) -> RowLayout:
+    """The row layout in the target's FP8 dialect; the numbers are the same."""
+    return replace(rows, layout=on_target(rows.layout, target) if rows.layout else None)
 
 
 def lowering_of(weight: Layout, activation: Layout | None, target: Target, dtype: str, name: str, where: str) -> str:

@@ -16,7 +16,7 @@ from atomc.passes.canonicalize import END
 from atomc.passes.fuse import Emitter
 from atomc.passes.graph import aten, location, quiet
 from atomc.passes.runner import Context, Match, Pass, Refusal, Report
-from atomc.recipes import Concat
+from atomc.recipes import Concat, joined
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,12 @@ class MergeLinears(Pass):
                         siblings.setdefault((path.removesuffix(leaf), group), {})[leaf] = node
         for (parent, group), found in siblings.items():
             nodes = [found[leaf] for leaf in group if leaf in found]
+            name = joined(parent + leaf for leaf in group)
             if reason := _obstacle(group, nodes):
-                report.refusals.append(Refusal(location(nodes[0]), f"{parent}{'|'.join(group)}: {reason}"))
+                report.refusals.append(Refusal(location(nodes[0]), f"{name}: {reason}"))
                 continue
-            _merge(gm, ctx, parent + "|".join(group), nodes)
-            report.matches.append(Match(location(nodes[0]), parent + "|".join(group)))
+            _merge(gm, ctx, name, nodes)
+            report.matches.append(Match(location(nodes[0]), name))
         return report
 
 

@@ -26,17 +26,30 @@ from typing import Any, ClassVar
 
 import msgspec
 import torch
+from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 
 from atomc.errors import RecipeError
 from atomc.formats import Layout, RowLayout
 from atomc.passes.fuse import Emitter
 from atomc.passes.graph import PassError, aten, base_of, calls, location, quiet
-from atomc.passes.lowering import lowering_of, on_target
+from atomc.passes.lowering import lowering_of, on_target, rows_on_target
 from atomc.passes.rotation import INDEX_ROTATION
-from atomc.passes.runner import Context, Decision, Match, Pass, Report
+from atomc.passes.runner import Context, Decision, Match, Pass, Refusal, Report
 from atomc.passes.scheme import Rule, Scheme
-from atomc.recipes import Cast, Concat, Dequantize, Recipe, Stack, TensorSpec, pair_of, stored_layout, uncast
+from atomc.recipes import (
+    Cast,
+    Concat,
+    Dequantize,
+    Recipe,
+    Stack,
+    TensorSpec,
+    joined,
+    members,
+    pair_of,
+    stored_layout,
+    uncast,
+)
 from atomc.targets import Target
 
 atom = torch.ops.atom
@@ -59,7 +72,7 @@ class Product:
 
     @property
     def name(self) -> str:
-        return "|".join(self.paths)
+        return joined(self.paths)
 
 
 @dataclass(frozen=True)
@@ -81,35 +94,52 @@ class Quantize(Pass):
 
     def run(self, gm: GraphModule, ctx: Context) -> Report:
         report = Report()
+        inputs: dict[str, str | None] = {}  # of the experts' products: layout of what enters
         for product in list(products(gm, ctx)):
             found = self.scheme.rule(product.kind, product.paths)
-            if found is not None and self._product(gm, ctx, product, *found):
+            if found is not None and self._product(gm, ctx, product, *found, report):
                 report.matches.append(Match(location(product.node), product.name))
+            if product.kind == "experts":
+                packed = found is not None and product.weight.name not in ctx.weights
+                inputs[product.name] = found[1].activation if found and packed else None
+        _check_experts(inputs)
         self._full_weights(gm, ctx)
         for cache in _caches(gm, ctx):
-            text = self.rows.get(ctx.states[cache.name], "")
-            if text:
-                self._cache(gm, ctx, cache, RowLayout.parse(text))
+            layout = self._rows_of(ctx, cache)
+            if layout is not None:
+                self._cache(gm, ctx, cache, layout)
                 report.matches.append(Match(location(next(iter(cache.users))), ctx.states[cache.name]))
         return report
 
+    def _rows_of(self, ctx: Context, cache: Node) -> RowLayout | None:
+        """How a cache is stored; None: in the compute dtype."""
+        text = self.rows.get(ctx.states[cache.name], "")
+        return rows_on_target(RowLayout.parse(text), self.target) if text else None
+
     # -- products ------------------------------------------------------------------------------------------------------
 
-    def _product(self, gm: GraphModule, ctx: Context, product: Product, number: int, rule: Rule) -> bool:
+    def _product(
+        self, gm: GraphModule, ctx: Context, product: Product, number: int, rule: Rule, report: Report
+    ) -> bool:
         """Rewrite a product as its rule says; False if nothing is to be quantised."""
+        if product.weight.name not in ctx.weights:
+            raise PassError(
+                f"{product.name} ({location(product.node)}): the weight is packed for another product that reads it; "
+                "give it the rule `bfloat16`."
+            )
         recipe, by = ctx.weights[product.weight.name], f"{self.scheme.name}, rule {number}"
-        stored = stored_layout(recipe)
-        if rule.weight == "bfloat16":
-            self._store_dense(gm, ctx, product.weight, with_dtype(recipe, "bfloat16"), f"{by}: bfloat16")
-            return False
-        if rule.weight == "stored" and stored is None:
+        stored, dense = stored_layout(recipe), product.weight.meta["val"]
+        if not rule.packs(stored):
+            if rule.weight == "bfloat16":
+                self._store_dense(gm, ctx, product.weight, with_dtype(recipe, "bfloat16"), f"{by}: bfloat16")
+            elif storages := _mixed(recipe):
+                report.refusals.append(Refusal(location(product.node), f"{product.name}: stored as {storages}"))
             return False
         wanted = stored if rule.weight == "stored" else Layout.parse(rule.weight)
         assert wanted is not None
         wanted = on_target(wanted, self.target)
         act = None if rule.activation is None else on_target(Layout.parse(rule.activation), self.target)
-        lowering = lowering_of(wanted, act, self.target, str(ctx.dtype), product.name, location(product.node))
-        dense = product.weight.meta["val"]
+        lowering = lowering_of(wanted, act, self.target, str(dense.dtype), product.name, location(product.node))
         try:
             pair = pair_of(recipe, wanted, ctx.spec_of, ctx.choice)
         except (RecipeError, ValueError) as error:
@@ -123,7 +153,7 @@ class Quantize(Pass):
         )  # fmt: skip
         codes, scales = _placeholders(gm, ctx, product.weight, pair.codes, pair.scales)
         emit = Emitter(gm, _first_user(product.weight), product.node)
-        values = emit.call(atom.dequantize.default, codes, scales, str(pair.layout), ctx.dtype)
+        values = emit.call(atom.dequantize.default, codes, scales, str(pair.layout), dense.dtype)
         product.weight.replace_all_uses_with(values, delete_user_cb=lambda user: user is not values)
         _erase(gm, ctx, product.weight)
         if act is not None:
@@ -189,7 +219,7 @@ class Quantize(Pass):
             if user.target in INSERTS:
                 self._insert(gm, user, text, rotate)
             elif user.target in READERS and cache in user.args:
-                self._reader(gm, user, text, rotate)
+                self._reader(gm, ctx, user, text, rotate)
             else:
                 raise PassError(f"{ctx.states[cache.name]}: {user.name} ({location(user)}) cannot read {text}")
         with quiet([value]):
@@ -212,19 +242,19 @@ class Quantize(Pass):
         insert.target = INSERTS[insert.target]  # type: ignore[index]
         insert.args = (cache, packed, *rest, rows)
 
-    def _reader(self, gm: GraphModule, reader: Node, rows: str, rotate: bool) -> None:
-        schema = reader.target._schema.arguments  # type: ignore[union-attr]
-        at = next(i for i, a in enumerate(schema) if a.name == "rows")
-        if len(reader.args) > at and reader.args[at] != rows:
+    def _reader(self, gm: GraphModule, ctx: Context, reader: Node, rows: str, rotate: bool) -> None:
+        assert isinstance(reader.target, OpOverload)
+        names = [a.name for a in reader.target._schema.arguments]
+        caches = [arg for name, arg in zip(names, reader.args, strict=False) if name in READERS[reader.target]]
+        if any(str(self._rows_of(ctx, cache)) != rows for cache in caches if isinstance(cache, Node)):
             raise PassError(f"{reader.name} ({location(reader)}) reads caches of two layouts")
-        if len(reader.args) == at:
-            reader.args = (*reader.args, rows)
+        reader.args = (*reader.args[: names.index("rows")], rows)
         if rotate:
             q = reader.args[0]
             assert isinstance(q, Node)
             emit = Emitter(gm, reader, reader)
-            turned = rounded(emit, emit.call(atom.hadamard.default, q), Layout.parse(self.index_query))
-            reader.args = (turned, *reader.args[1:])
+            query = on_target(Layout.parse(self.index_query), self.target)
+            reader.args = (rounded(emit, emit.call(atom.hadamard.default, q), query), *reader.args[1:])
 
 
 def rounded(emit: Emitter, x: Node, layout: Layout) -> Node:
@@ -242,23 +272,24 @@ def products(gm: GraphModule, ctx: Context) -> Iterator[Product]:
             weight = base_of(right) if isinstance(right, Node) else None
             if isinstance(x, Node) and weight is not None and weight.name in ctx.weights:
                 kind = {aten.linear.default: "linear", aten.bmm.default: "grouped_output"}.get(node.target, "experts")
-                yield Product(kind, node, x, weight, _paths(ctx.module_paths[weight.name]))
+                yield Product(kind, node, x, weight, members(ctx.module_paths[weight.name].removesuffix(".weight")))
 
 
-def _paths(path: str) -> tuple[str, ...]:
-    """The parameters behind a path; a merged one, `parent.a|b.weight`, stands for several."""
-    first, *others = path.removesuffix(".weight").split("|")
-    if not others:
-        return (first,)
-    # Siblings are named from the model's root or from the parent of the first, as `MergeLinears` was told.
-    return (first, *(first[: _shared(first, other)] + other for other in others))
+def _check_experts(inputs: Mapping[str, str | None]) -> None:
+    """One operator computes a token's experts: it rounds what enters both products, or neither."""
+    if len({layout is None for layout in inputs.values()}) > 1:
+        rounded_, plain = (" and ".join(n for n, v in inputs.items() if (v is None) is p) for p in (False, True))
+        raise PassError(
+            f"the scheme rounds the input of {rounded_} but not that of {plain}; they are one operator. Give both "
+            "rules an `activation`, or neither."
+        )
 
 
-def _shared(first: str, other: str) -> int:
-    """How much of `first` stands before what `other` begins with."""
-    head = other.split(".", 1)[0]
-    at = first.rfind(head + ".")
-    return max(at, 0)
+def _mixed(recipe: Recipe) -> str:
+    """How the parts of a weight are stored, in words; empty if they are stored alike."""
+    parts = recipe.parts if isinstance(recipe, Stack | Concat) else ()
+    found = dict.fromkeys(str(stored_layout(part) or "in full") for part in parts)
+    return " and ".join(found) if len(found) > 1 else ""
 
 
 def _is_index(cache: Node) -> bool:

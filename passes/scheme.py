@@ -9,7 +9,6 @@ Terms:
 from __future__ import annotations
 
 import re
-from functools import cached_property
 from pathlib import Path
 from typing import Final, Literal, TypeAlias
 
@@ -49,8 +48,12 @@ class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Whether it decides for a product of that kind with the weights `paths` (several: one merged product)."""
         return op == self.op and all(re.fullmatch(self.path, path) for path in paths)
 
+    def packs(self, stored: Layout | None) -> bool:
+        """Whether a weight that the checkpoint stores in that layout (None: in full) comes out packed."""
+        return self.weight != "bfloat16" and (self.weight != "stored" or stored is not None)
 
-class Scheme(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
+
+class Scheme(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A quantisation scheme.
 
     Attributes:
@@ -68,11 +71,6 @@ class Scheme(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True)
     def rule(self, op: str, paths: tuple[str, ...]) -> tuple[int, Rule] | None:
         """The first rule that fits, with its number from 1."""
         return next(((i, r) for i, r in enumerate(self.rules, start=1) if r.fits(op, paths)), None)
-
-    @cached_property
-    def quantizes(self) -> bool:
-        """Whether it can change anything."""
-        return bool(self.rules) or self.rows != "compute" or self.index_rows != "compute"
 
 
 def _scheme(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 from atomc.artifact.facts import is_scale
 from atomc.artifact.plan import Arg, RegionPlan, Slot, Step
 
@@ -57,18 +55,3 @@ class Names:
             return prefix + states[0]
         made = [self._slots[s].name for s in step.outputs if s is not None]
         return prefix + (made[0] if made else "?")
-
-
-@lru_cache(maxsize=64)
-def expanded(name: str) -> tuple[str, ...]:
-    """The parameters behind a weight of a region: `attn.wq_a|attn.wkv.weight` stands for two, joined along rows.
-
-    A later one is named from the model's block, or from the first's parent: `indexer.compressor.wkv|compressor.wgate`.
-    """
-    ending = ".weight" if name.endswith(".weight") else ""
-    first, *others = name.removesuffix(".weight").split("|")
-    found = [first]
-    for other in others:
-        at = first.rfind(other.split(".", 1)[0] + ".")
-        found.append(first[: max(at, 0)] + other)
-    return tuple(part + ending for part in found)

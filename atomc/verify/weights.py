@@ -25,11 +25,11 @@ from atomc.models.bundled import bundled_names, bundled_path
 from atomc.models.deepseek_v4.layers import inverse_frequencies
 from atomc.models.deepseek_v4.weights import official_parameter
 from atomc.models.source import ModelSource, open_model
+from atomc.recipes import members
 from atomc.report import read_layouts
 from atomc.runtime.loader import LoadedArtifact
 from atomc.verify import grid
 from atomc.verify.errors import VerifyError
-from atomc.verify.names import expanded
 from atomc.verify.steps import named_arguments
 
 EXPERTS: Final = {"ffn.experts.w13": ("w1", "w3"), "ffn.experts.w2": ("w2",)}
@@ -91,10 +91,8 @@ def compare_weights(
                 continue
             progress(call.prefix + name)
             bare = name.removesuffix(".weight")
-            spellings = (bare, "|".join(expanded(bare)))
             # What nobody says was rounded must be equal.
-            known = [origins[call.region, s] for s in spellings if (call.region, s) in origins]
-            yield comparing.weight(region, call.prefix, name, known[0] if known else "stored")
+            yield comparing.weight(region, call.prefix, name, origins.get((call.region, bare), "stored"))
 
 
 class _Comparing:
@@ -132,7 +130,7 @@ class _Comparing:
             ]
         if local in ROPE:
             return [inverse_frequencies(self.source.config, local == "rope_yarn").double()]
-        names = [official_parameter(prefix + part) for part in expanded(name)]
+        names = [official_parameter(prefix + part) for part in members(name)]
         return [self.dense(n) for n in names]
 
     def dense(self, name: str) -> Tensor:

@@ -63,12 +63,13 @@ def row_layouts(config: DeepseekV4Config, rows: str, index_rows: str, dtype: str
     Args:
         rows: `compute`, `bf16`, `fp8`. index_rows: these and `mxfp4`. dtype: the compute dtype.
     Raises:
-        ValueError: index rows cannot be rotated, which quantised ones are (spec 2.7).
+        ValueError: index rows cannot be rotated, which quantised ones are (spec 2.7), or no layout fits a width.
     """
     dh, di, rope = config.head_dim, config.index_head_dim, config.qk_rope_head_dim
     bf16 = "" if dtype == "bfloat16" else "bf16"
-    main = {"compute": "", "bf16": bf16 and str(RowLayout(0, None, dh)),
-            "fp8": str(RowLayout(dh - rope, FP8_ROW_CHANNELS, rope))}[rows]  # fmt: skip
+    plain = bf16 and str(RowLayout(0, None, dh))
+    fp8 = str(RowLayout(dh - rope, FP8_ROW_CHANNELS, rope)) if dh > rope else plain  # rotated channels stay in bf16
+    main = {"compute": "", "bf16": plain, "fp8": fp8}[rows]
     if index_rows in ("fp8", "mxfp4"):
         hadamard_matrix(di)
     index, query = {
@@ -77,10 +78,5 @@ def row_layouts(config: DeepseekV4Config, rows: str, index_rows: str, dtype: str
         "mxfp4": (str(RowLayout(di, FP4_ACTIVATION, 0)), str(FP4_ACTIVATION)),
     }[index_rows]  # fmt: skip
     layouts = {"window": main, "rows": main, "index_rows": index}
-    return {name: text for name, text in layouts.items() if text}, query
-
-
-def fnuz_rows(text: str) -> str:
-    """A row layout in the FNUZ dialect of FP8: the same numbers."""
-    layout = RowLayout.parse(text)
-    return str(RowLayout(layout.narrow, layout.layout.fnuz() if layout.layout else None, layout.wide))
+    found = {name: str(RowLayout.parse(text)) for name, text in layouts.items() if text}
+    return found, query

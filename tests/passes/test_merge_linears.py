@@ -71,7 +71,7 @@ def test_two_parents_are_two_groups() -> None:
     paths = {"a_1": "0.experts.w1.weight", "b_1": "0.experts.w3.weight", "c_1": "1.experts.w1.weight",
              "d_1": "1.experts.w3.weight"}  # fmt: skip
     report, _ = merge(gm, paths)
-    assert [m.module for m in report.matches] == ["0.experts.w1|experts.w3", "1.experts.w1|experts.w3"]
+    assert [m.module for m in report.matches] == ["0.experts.w1|0.experts.w3", "1.experts.w1|1.experts.w3"]
 
 
 def apart(x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import json
 import re
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +17,17 @@ import torch
 from torch import Tensor
 
 from atomc.capture import Program, capture
-from atomc.compiler import Options, compile_model
+from atomc.compiler import Compiled, Options, check_scheme, compile_model, fuse
+from atomc.formats import FP4_ACTIVATION, FP8_ACTIVATION, FP8_CHANNEL, FP8_TILE, MXFP4
 from atomc.models.deepseek_v4 import hyper_connection, layers, moe
 from atomc.models.deepseek_v4.config import DeepseekV4Config
-from atomc.models.deepseek_v4.promises import NONE, promised_matches
-from atomc.passes import pipelines
+from atomc.models.deepseek_v4.promises import NONE, Product, products_of, promised_matches, regions_of
+from atomc.models.source import ModelSource, open_model
+from atomc.passes import pipelines, quantize
 from atomc.passes.graph import PassError
 from atomc.passes.runner import Context, Row, run_pipeline
-from atomc.passes.scheme import SCHEMES
-from atomc.recipes import Load
+from atomc.passes.scheme import LINEARS, SCHEMES, SchemeError
+from atomc.recipes import Load, joined
 from atomc.targets import get_target
 from tests.support.tiny import tiny_dict
 from tests.support.v4_configs import tiny
@@ -50,23 +55,148 @@ def test_every_pass_that_can_find_something_is_promised() -> None:
     assert labels - free == set(NONE)
 
 
+# A release in little, with every kind of layer and sizes that fill no tile.
+RELEASE = tiny_dict(num_hidden_layers=4, compress_ratios=[0, 16, 4, 4, 0], num_hash_layers=3)
+
+
+@pytest.fixture(scope="module")
+def captured(tmp_path_factory: pytest.TempPathFactory) -> tuple[ModelSource, dict[str, Program]]:
+    """The release, and what is captured of it in each compute dtype."""
+    file = tmp_path_factory.mktemp("release") / "config.json"
+    file.write_text(json.dumps(RELEASE))
+    source = open_model(str(file), with_weights=False)
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    return source, {name: capture(source.config, dtype, TABLES) for name, dtype in dtypes.items()}
+
+
+def compiled(
+    captured: tuple[ModelSource, dict[str, Program]], scheme: str, dtype: str, target: str
+) -> dict[str, Compiled]:
+    """Run the passes of a compile on every region; a broken promise is an error of it."""
+    source, programs = captured
+    options = Options(scheme=scheme, dtype=dtype, with_weights=False)
+    quantisation = check_scheme(options, source.config, get_target(target))
+    program = programs[dtype]
+    fresh = replace(program, regions=[replace(r, gm=copy.deepcopy(r.gm)) for r in program.regions])
+    return {r.name: fuse(source, fresh, r, quantisation, options, lambda *_: None) for r in fresh.regions}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     ("scheme", "target"),
-    [*((s, "cpu") for s in SCHEMES), ("native", "h100"), ("native", "mi300x"), ("mxfp4", "mi355x")],
+    [*((s, "cpu") for s in SCHEMES), ("native", "h100"), ("native", "mi300x"), ("fp8", "mi300x"), ("mxfp4", "mi355x")],
 )
-def test_the_promises_of_every_scheme(scheme: str, target: str, tmp_path: Path) -> None:
-    """All kinds of layers, sizes that fill no tile; a miss is an error of the compile."""
-    config = tmp_path / "config.json"
-    config.write_text(json.dumps(tiny_dict(num_hidden_layers=4, compress_ratios=[0, 16, 4, 4, 0], num_hash_layers=3)))
-    for dtype in ("float32", "bfloat16"):
-        options = Options(scheme=scheme, dtype=dtype, with_weights=False, stop_after="dead_code")
-        result = compile_model(str(config), target, tmp_path / "unused", options)
-        assert set(result.explanation) == {"prologue", "layer_swa_hash", "layer_hca_hash", "layer_csa_hash",
-                                           "layer_csa_topk", "head"}  # fmt: skip
-        kinds = {row.kind for table in result.layouts.values() for row in table}
-        assert kinds == {"none": {"weight"}, "bf16": {"weight"} | ({"cache"} if dtype == "float32" else set())}.get(
-            scheme, {"weight", "activation", "cache"}
-        )
+def test_the_promises_of_every_scheme(
+    captured: tuple[ModelSource, dict[str, Program]], scheme: str, target: str, dtype: str
+) -> None:
+    regions = compiled(captured, scheme, dtype, target)
+    assert list(regions) == regions_of(captured[0].config)
+    assert set(regions) == {"prologue", "layer_swa_hash", "layer_hca_hash", "layer_csa_hash", "layer_csa_topk", "head"}
+    kinds = {decision.kind for region in regions.values() for decision in region.ctx.decisions}
+    assert kinds == {"none": {"weight"}, "bf16": {"weight"} | ({"cache"} if dtype == "float32" else set())}.get(
+        scheme, {"weight", "activation", "cache"}
+    )
+
+
+def rule(op: str, path: str, weight: str, activation: str | None = None) -> dict[str, str | None]:
+    return {"op": op, "path": path, "weight": weight, "activation": activation}
+
+
+_TILE, _A8, _FP4, _A4 = str(FP8_TILE), str(FP8_ACTIVATION), str(MXFP4), str(FP4_ACTIVATION)
+_CHANNEL = str(FP8_CHANNEL)
+CUSTOM: dict[str, list[dict[str, str | None]]] = {
+    "one linear": [rule("linear", r"attn\.wq_b", _TILE, _A8)],
+    "the shared expert": [rule("linear", r"ffn\.shared_experts\.w[123]", _TILE, _A8)],
+    "weights of linears alone": [rule("linear", LINEARS, _TILE)],
+    "weights of experts alone": [rule("experts", ".*", _FP4)],
+    "two layouts in the experts": [
+        rule("experts", r"ffn\.experts\.w13", _FP4, _A8), rule("experts", r"ffn\.experts\.w2", _FP4, _A4),
+    ],
+    "two layouts of one tensor": [
+        rule("linear", r"attn\.wq_b", _TILE, _A8), rule("linear", r"attn\.indexer\.wq_b", _CHANNEL, _CHANNEL),
+    ],
+    "one linear in bf16": [
+        rule("linear", r"attn\.wq_b", "bfloat16"), rule("linear", LINEARS, "stored", _A8),
+        rule("experts", ".*", "stored", _A8),
+    ],
+    "compressors": [rule("linear", r".*\.compressor\..*", _TILE, _A8)],
+    "the router": [rule("linear", r"ffn\.gate", _TILE, _A8)],
+    "index weights": [rule("linear", r"attn\.indexer\.weights_proj", _TILE, _A8)],
+    "the head": [rule("linear", "head", _TILE, _A8)],
+    "everything": [rule(op, ".*", _TILE, _A8) for op in ("linear", "grouped_output", "experts")],
+    "everything per channel": [rule(op, ".*", _CHANNEL, _CHANNEL) for op in ("linear", "grouped_output", "experts")],
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "target"), [("float32", "cpu"), ("bfloat16", "h100")])
+@pytest.mark.parametrize("name", CUSTOM)
+def test_the_promises_of_a_users_scheme(
+    captured: tuple[ModelSource, dict[str, Program]], name: str, dtype: str, target: str, tmp_path: Path
+) -> None:
+    """Each product is promised by itself, so that a scheme may quantise any of them; its decisions are all there."""
+    file = tmp_path / "scheme.json"
+    file.write_text(json.dumps({"name": "mine", "rules": CUSTOM[name]}))
+    for region, result in compiled(captured, str(file), dtype, target).items():
+        packed = {d.name for d in result.ctx.decisions if d.kind == "weight" and ":" in d.layout}
+        assert packed == {
+            joined(product.paths)
+            for product in products_of(region)
+            if (found := next((r for r in CUSTOM[name] if fits(r, product)), None)) and found["weight"] != "bfloat16"
+        }
+
+
+def fits(one: dict[str, str | None], product: Product) -> bool:
+    return one["op"] == product.kind and all(re.fullmatch(str(one["path"]), path) for path in product.paths)
+
+
+def test_rounding_half_of_the_experts_is_refused(
+    captured: tuple[ModelSource, dict[str, Program]], tmp_path: Path
+) -> None:
+    file = tmp_path / "scheme.json"
+    rules = [rule("experts", r"ffn\.experts\.w13", _FP4, _A8), rule("experts", r"ffn\.experts\.w2", _FP4)]
+    file.write_text(json.dumps({"name": "mine", "rules": rules}))
+    with pytest.raises(PassError, match=r"rounds the input of ffn\.experts\.w13 but not that of ffn\.experts\.w2"):
+        compiled(captured, str(file), "float32", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("rules", "reason"),
+    [
+        ([rule("linear", "attn.wq_a", _TILE)],
+         r"rule 1 (path 'attn.wq_a'): attn.wq_a|attn.wkv is one product; a rule must fit all of its weights, or none."),
+        ([rule("linear", "nothing", _TILE)],
+         "rule 1 (path 'nothing') decides nothing: the model's linear are attn.wq_a|attn.wkv, attn.wq_b, "),
+        ([rule("linear", ".*", _TILE), rule("linear", "head", _TILE)],
+         "rule 2 (path 'head') decides nothing: an earlier rule decides for head."),
+    ],
+)  # fmt: skip
+def test_a_rule_that_decides_nothing_is_an_error(
+    captured: tuple[ModelSource, dict[str, Program]], tmp_path: Path, rules: list[Any], reason: str
+) -> None:
+    file = tmp_path / "scheme.json"
+    file.write_text(json.dumps({"name": "mine", "rules": rules}))
+    with pytest.raises(SchemeError) as error:
+        compiled(captured, str(file), "float32", "cpu")
+    assert str(error.value).startswith("scheme mine, " + reason)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_promised_products_are_those_of_the_graph(
+    captured: tuple[ModelSource, dict[str, Program]], dtype: str
+) -> None:
+    before = tuple(itertools.takewhile(lambda p: p.label != "quantize", pipelines.compilation()))
+    for region in captured[1][dtype].regions:
+        paths = {i.placeholder: i.name for i in region.inputs if i.role == "weight"}
+        ctx = Context(region.name, {}, {p: Load(path) for p, path in paths.items()}, dict(paths))
+        gm = copy.deepcopy(region.gm)
+        run_pipeline(before, gm, ctx)
+        found = list(quantize.products(gm, ctx))
+        promised = products_of(region.name)
+        assert sorted((p.kind, p.paths) for p in found) == sorted((p.kind, p.paths) for p in promised)
+        wide = {p.paths for p in promised if p.wide}
+        if dtype == "bfloat16":
+            assert {p.paths for p in found if p.weight.meta["val"].dtype == torch.float32} == wide
 
 
 def test_the_promises_of_the_kinds() -> None:
@@ -100,6 +230,18 @@ UNUSUAL: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", UNUSUAL)
 def test_unusual_models_keep_the_promises(name: str, dtype: torch.dtype) -> None:
     keep(tiny(compress_ratios=[0, 16, 4], num_hash_layers=1, **UNUSUAL[name]), dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_unusual_models_keep_the_promises_of_native(name: str, tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    changes = {"num_hidden_layers": 3, "compress_ratios": [0, 16, 4], "num_hash_layers": 1, **UNUSUAL[name]}
+    changes = {key: 64 if value == 48 else value for key, value in changes.items()}  # FP4 groups, rotations
+    file.write_text(json.dumps(tiny_dict(num_nextn_predict_layers=0, **changes)))
+    options = Options(dtype="bfloat16", with_weights=False, stop_after="dead_code")
+    result = compile_model(str(file), "h100", tmp_path / "unused", options)
+    assert {row.kind for table in result.layouts.values() for row in table} == {"weight", "activation", "cache"}
 
 
 @pytest.mark.slow

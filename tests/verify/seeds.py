@@ -80,7 +80,10 @@ CHECKPOINT = {
     ("FNUZ read as OCP", "layers.1.attn.wo_b"): "layers.1.attn.wo_b.weight",
     ("missing scale", "layers.1.attn.wq_b"): "layers.1.attn.wq_b.weight",
     ("E8M0 off by one", "layers.2.attn.wkv"): "layers.2.attn.wq_a|attn.wkv.weight",
-    ("FNUZ read as OCP", "layers.1.ffn.shared_experts.w3"): "layers.1.ffn.shared_experts.w1|shared_experts.w3.weight",
+    (
+        "FNUZ read as OCP",
+        "layers.1.ffn.shared_experts.w3",
+    ): "layers.1.ffn.shared_experts.w1|ffn.shared_experts.w3.weight",
     ("scale transposed", "layers.0.ffn.experts.1.w1"): "layers.0.ffn.experts.w13",
     ("nibbles swapped", "layers.0.ffn.experts.2.w2"): "layers.0.ffn.experts.w2",
     ("nibbles swapped", "layers.1.ffn.experts.3.w3"): "layers.1.ffn.experts.w13",
