@@ -20,8 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from atomc.artifact.plan import CallPlan, ProgramPlan, RegionPlan, Slot, Step
+from atomc.artifact.store import read_manifest
 from atomc.calibration import CalibrationError
 from atomc.models.deepseek_v4.weights import official_parameter
+from atomc.ops.experts import weighted_swiglu
 from atomc.recipes import members
 from atomc.runtime.bind import Environment, Sizes
 from atomc.runtime.evaluate import evaluate
@@ -74,8 +76,7 @@ class InputWatch:
         x, w13, _, indices, weights, limit = args
         for expert in torch.unique(indices).tolist():
             token, choice = torch.where(indices == expert)
-            gate, up = F.linear(x[token], w13[expert]).float().chunk(2, dim=-1)
-            a = F.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit) * weights[token, choice].unsqueeze(1)
+            a = weighted_swiglu(F.linear(x[token], w13[expert]), weights[token, choice], limit)
             prefix = f"{call.prefix}ffn.experts.{expert}."
             for name, value in (("w1", x[token]), ("w3", x[token]), ("w2", a)):
                 self.sums.add(f"{prefix}{name}.weight", value)
@@ -110,13 +111,14 @@ def calibrate(
     """Run the documents and return the mean squares of every product's input, by the weight's official name.
 
     Raises:
-        CalibrationError: the artifact's products are quantised, so that it has none to look at.
+        CalibrationError: the artifact rounds what enters its products.
     """
+    scheme = read_manifest(executor.folder).scheme
+    if scheme["rules"] or {scheme["rows"], scheme["index_rows"]} != {"compute"}:
+        raise CalibrationError(
+            f"{executor.folder} has the scheme {scheme['name']}: what enters its products is rounded. Calibrate with "
+            "an artifact that is compiled with --scheme none."
+        )
     sums = Sums()
     evaluate(cast(Executor, _Watched(executor, InputWatch(program, sums))), documents, progress=progress)
-    if not any(".experts." in name for name in sums.squares):
-        raise CalibrationError(
-            f"{executor.folder} is quantised: what enters its products is rounded. Calibrate with an artifact that is "
-            "compiled with --scheme none."
-        )
     return sums.means()

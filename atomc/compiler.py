@@ -20,8 +20,8 @@ import atomc
 from atomc.artifact.check import check_program
 from atomc.artifact.manifest import SCHEMA_VERSION, Limits, Manifest, Serving
 from atomc.artifact.plan import CallPlan, ProgramPlan, RegionPlan, StateTensor
-from atomc.artifact.store import artifact_hash, check_output, encode, write_manifest, writing
-from atomc.calibration import SPACE, CalibratedSource, Calibration
+from atomc.artifact.store import artifact_hash, check_output, encode, hash_file, write_manifest, writing
+from atomc.calibration import SPACE, CalibratedSource, Calibration, fitted
 from atomc.capture import Input, Program, Region, capture
 from atomc.codegen.lower import Lowering
 from atomc.codegen.missing import missing_kernels, refuse
@@ -78,7 +78,10 @@ class Options:
 
 @dataclass
 class Result:
-    """What a compile did. `hash` is None if nothing was written, `packed` if no weights were."""
+    """What a compile did. `hash` is None if nothing was written, `packed` if no weights were.
+
+    `calibrated`: how many of the tensors rounded here the calibration fits, of how many; None without one.
+    """
 
     output: Path | None
     hash: str | None
@@ -90,6 +93,7 @@ class Result:
     regions: dict[str, RegionPlan] = field(default_factory=dict)
     bytes: int = 0
     packed: Packed | None = None
+    calibrated: tuple[int, int] | None = None
 
 
 @dataclass
@@ -145,17 +149,19 @@ def compile_model(
     target = get_target(target_name)
     if options.stop_after is None:
         check_output(output)
+    else:
+        check_stop(options.stop_after, target)
     source = open_model(model, with_weights=options.with_weights)
     limits = check_limits(options, source.config)
     quantisation = check_scheme(options, source.config, target)
-    check_stop(options.stop_after, quantisation)
     serving = serving_facts(source, limits)
     program = trace(source.config, serving, options, progress)
     compiled = [fuse(source, program, region, quantisation, options, progress) for region in program.regions]
+    calibrated = check_calibration(compiled, quantisation)
     explanation = explanation_of({c.region.name: c.rows for c in compiled})
     layouts = layouts_of({c.region.name: c.ctx.decisions for c in compiled}, Counter(c.region for c in program.calls))
     if options.stop_after is not None:
-        return Result(None, None, source.name, target, explanation, layouts)
+        return Result(None, None, source.name, target, explanation, layouts, calibrated=calibrated)
     regions = {c.region.name: lower(c, serving) for c in compiled}
     if missing := [m for region in regions.values() for m in missing_kernels(region, target)]:
         raise refuse(missing, target)
@@ -174,6 +180,7 @@ def compile_model(
             lambda files: Manifest(
                 schema=SCHEMA_VERSION, model=source.name, config_sha256=config_hash(source.config), target=target.name,
                 dtype=options.dtype, scheme=msgspec.to_builtins(quantisation.scheme), scales=quantisation.how(),
+                calibration="" if options.calibration is None else hash_file(options.calibration).sha256,
                 with_weights=options.with_weights, limits=limits, serving=serving, tools=tools(),
                 passes={c.region.name: [r.fingerprint for r in c.rows] for c in compiled}, recipes=recipes, files=files,
             ),
@@ -181,7 +188,19 @@ def compile_model(
         )  # fmt: skip
         check_program(str(output), manifest, plan, regions)
     size = sum(f.stat().st_size for f in output.rglob("*") if f.is_file())
-    return Result(output, artifact_hash(output), source.name, target, explanation, layouts, plan, regions, size, packed)
+    return Result(
+        output,
+        artifact_hash(output),
+        source.name,
+        target,
+        explanation,
+        layouts,
+        plan,
+        regions,
+        size,
+        packed,
+        calibrated,
+    )
 
 
 def check_limits(options: Options, config: DeepseekV4Config) -> Limits:
@@ -231,6 +250,19 @@ def check_scheme(options: Options, config: DeepseekV4Config, target: Target) -> 
     return Quantisation(scheme, target, rows, query, cast(Method, options.scales), calibration)
 
 
+def check_calibration(compiled: list[Compiled], quantisation: Quantisation) -> tuple[int, int] | None:
+    """How many of the tensors rounded here the calibration fits, of how many; None without one. None is an error."""
+    if quantisation.calibration is None:
+        return None
+    found, total = fitted(recipe for c in compiled for recipe in c.ctx.weights.values())
+    if not found:
+        name = f"--calibration {quantisation.calibration.path}"
+        if not total:
+            raise CompileError(f"{name} is not needed: scheme {quantisation.scheme.name} rounds no weight.")
+        raise CompileError(f"{name} fits none of the {total} kinds of tensors rounded here; it is of another model.")
+    return found, total
+
+
 def check_rules(scheme: Scheme, config: DeepseekV4Config) -> None:
     """Whether each rule decides for some product of the model; a rule that decides nothing is a mistake in it."""
     products = dict.fromkeys(product for region in regions_of(config) for product in products_of(region))
@@ -248,10 +280,10 @@ def check_rules(scheme: Scheme, config: DeepseekV4Config) -> None:
             raise SchemeError(f"{where} decides nothing: {why}.")
 
 
-def check_stop(label: str | None, quantisation: Quantisation) -> None:
+def check_stop(label: str, target: Target) -> None:
     """Whether there is a pass to stop after."""
-    labels = [step.label for step in quantisation.pipeline()]
-    if label is not None and label not in labels:
+    labels = [step.label for step in pipelines.compilation(target=target)]
+    if label not in labels:
         raise CompileError(f"--stop-after {label}: no such pass; choose one of {', '.join(labels)}.")
 
 
@@ -391,8 +423,8 @@ def pack_weights(
         return None
     calls = [(c.region, c.prefix) for c in program.calls]
     tensors: Source = source.reader
-    if quantisation.calibration is not None and options.calibration is not None:
-        tensors = CalibratedSource(tensors, quantisation.calibration, options.calibration)
+    if quantisation.calibration is not None:
+        tensors = CalibratedSource(tensors, quantisation.calibration)
     return packing.pack(tensors, weights_of(calls, recipes, tensors.spec), folder, progress)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -44,22 +45,13 @@ class PassRow(msgspec.Struct, frozen=True):
 Explanation = dict[str, list[PassRow]]
 
 
-class LayoutRow(msgspec.Struct, frozen=True):
-    """How one weight, activation or cache of a region is stored; see `atomc.passes.runner.Decision`.
+@dataclass(frozen=True)
+class LayoutRow(Decision):
+    """How one weight, activation or cache of a region is stored.
 
     `uses`: calls of the region in a step, so how many such tensors the model has.
     """
 
-    kind: str
-    name: str
-    shape: list[int | str]
-    layout: str
-    bytes: int
-    stored: str
-    origin: str
-    lowering: str
-    by: str
-    where: str
     uses: int
 
 

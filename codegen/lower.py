@@ -106,8 +106,11 @@ class Lowering:
         """Whether a call reads weights only, so that it runs once; what a region returns is made anew each time."""
         read = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
         constant = bool(read) and len(read) == len(node.all_input_nodes) and not node.is_impure()
-        returned = any(user.op == "output" for user in node.users)
-        return constant and not returned and all(self.values[self.ids[n]].role in ("weight", "prepared") for n in read)
+        return (
+            constant
+            and not _is_returned(node)
+            and all(self.values[self.ids[n]].role in ("weight", "prepared") for n in read)
+        )
 
     def _try(self, node: Node, args: list[Arg], kwargs: dict[str, Arg]) -> Any:
         """The call on meta tensors of the example sizes."""
@@ -225,6 +228,11 @@ class Lowering:
         except ExpressionError as error:
             raise self._error(node, str(error)) from error
         return text
+
+
+def _is_returned(node: Node) -> bool:
+    """Whether a region returns a value, or what is made of it alone, which may be an item or a view of it."""
+    return any(user.op == "output" or (len(user.all_input_nodes) == 1 and _is_returned(user)) for user in node.users)
 
 
 def _qualified(target: torch._ops.OpOverload) -> str:

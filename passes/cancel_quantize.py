@@ -6,7 +6,8 @@ Contract: every value a product reads is unchanged. Two equal `quantize` of one 
 Why the second is exact: within a block of a layout whose scales are powers of two, rounded up, the rounded values lie
 on the scale's grid and their largest magnitude is at most the top. Quantised again, the scale is the same or smaller,
 and every value lies on the finer grid too: the values do not change (tests/formats: exhaustive over all codes). A
-layout with float32 scales has no such grid, and its pairs stay.
+layout with float32 scales has no such grid, and one whose top is no value of its element may round past it; their
+pairs stay.
 """
 
 from __future__ import annotations
@@ -39,9 +40,8 @@ class CancelQuantize(Pass):
             pair = _pair_behind(node)
             if pair is None:
                 continue
-            if not _on_grid(str(node.args[1])):
-                reason = f"{node.args[1]} has float32 scales: rounding twice may move a value"
-                report.refusals.append(Refusal(location(node), reason))
+            if reason := _off_grid(Layout.parse(str(node.args[1]))):
+                report.refusals.append(Refusal(location(node), f"{node.args[1]}: {reason}"))
                 continue
             for user in list(node.users):
                 user.replace_all_uses_with(pair[int(user.args[1])])  # type: ignore[arg-type]
@@ -67,5 +67,11 @@ def _pair_behind(node: Node) -> tuple[Node, Node] | None:
     return (codes, scales) if made and isinstance(codes, Node) and isinstance(scales, Node) else None
 
 
-def _on_grid(layout: str) -> bool:
-    return Layout.parse(layout).scale != "float32"
+def _off_grid(layout: Layout) -> str:
+    """Why rounding twice may move a value; empty if it cannot."""
+    if layout.scale == "float32":
+        return "float32 scales: rounding twice may move a value"
+    top = torch.tensor([layout.top] * layout.element.packed)
+    if not torch.equal(layout.element.decode(layout.element.encode(top)), top):
+        return f"{layout.top:g} is no value of {layout.element.name}: rounding twice may move a value"
+    return ""

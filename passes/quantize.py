@@ -44,6 +44,7 @@ from atomc.recipes import (
     Recipe,
     Stack,
     TensorSpec,
+    dense_origin,
     joined,
     members,
     pair_of,
@@ -199,13 +200,13 @@ class Quantize(Pass):
                 cast = Emitter(gm, _first_user(node), _first_user(node)).call(aten.to.dtype, node, value.dtype)
                 node.replace_all_uses_with(cast, delete_user_cb=lambda user: user is not cast)
         node.meta["decided"] = True
-        final = node.meta["val"]
-        text = _short(final.dtype)
+        final, recipe = node.meta["val"], ctx.weights[node.name]
         lowering = f"cast to {_short(value.dtype)} when loaded" if final.dtype != value.dtype else "as it is"
         first = next(iter(node.users), None)
         ctx.decisions.append(
-            Decision("weight", ctx.module_paths[node.name].removesuffix(".weight"), list(final.shape), text,
-                     final.numel() * final.dtype.itemsize, text, "stored", lowering, by,
+            Decision("weight", ctx.module_paths[node.name].removesuffix(".weight"), list(final.shape),
+                     _short(final.dtype), final.numel() * final.dtype.itemsize, _stored_text(recipe, ctx),
+                     dense_origin(recipe, ctx.spec_of), lowering, by,
                      location(first) if first is not None else "?")
         )  # fmt: skip
 
@@ -283,6 +284,14 @@ def _check_experts(inputs: Mapping[str, str | None]) -> None:
             f"the scheme rounds the input of {rounded_} but not that of {plain}; they are one operator. Give both "
             "rules an `activation`, or neither."
         )
+
+
+def _stored_text(recipe: Recipe, ctx: Context) -> str:
+    """How the checkpoint stores a weight, in words."""
+    if isinstance(recipe, Stack | Concat):
+        return " and ".join(dict.fromkeys(_stored_text(part, ctx) for part in recipe.parts))
+    bare = uncast(recipe)
+    return str(stored_layout(bare) or _short(ctx.spec_of(bare).dtype))
 
 
 def _mixed(recipe: Recipe) -> str:

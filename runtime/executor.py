@@ -66,10 +66,25 @@ class BoundCall:
                     self.fields.append((item.slot, item.name))
                 case _:
                     self.values.append((item.slot, call.binds.get(item.name, item.name)))
-        for step in plan.prepare:
-            BoundStep(step, self.fixed).run(self.fixed, {})
+        self._prepare(call.prefix)
         self.steps = [BoundStep(step, self.fixed) for step in plan.steps]
         self.outputs = list(plan.outputs.items())
+
+    def _prepare(self, prefix: str) -> None:
+        """Make what the plan makes of the weights, once."""
+        for step in self.plan.prepare:
+            try:
+                BoundStep(step, self.fixed).run(self.fixed, {})
+            except Exception as error:
+                where = f"{prefix or self.plan.name}: {step.op} ({step.source})"
+                if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
+                    raise ServingError(
+                        f"No memory to expand the weights of {where}. `atomc inspect` says what they take; close other "
+                        "programs, or compile with --scheme bf16 or for a target that multiplies them packed."
+                    ) from error
+                raise ArtifactError(
+                    f"The weights cannot be prepared, at {where}: {error}. Compile the artifact again."
+                ) from error
 
     def run(self, batch: Mapping[str, Tensor], values: dict[str, Tensor], sizes: Sizes, watch: Watch | None) -> None:
         """Run the steps; reads and updates `values`."""

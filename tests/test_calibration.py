@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from atomc.calibrate import calibrate
 from atomc.calibration import SPACE, Calibration, CalibrationError, write_calibration
-from atomc.compiler import Options, compile_model
+from atomc.compiler import CompileError, Options, compile_model
 from atomc.models.deepseek_v4.config import load_config
 from atomc.models.deepseek_v4.model import DeepseekV4
 from atomc.models.deepseek_v4.reader import CheckpointReader
@@ -72,6 +72,7 @@ def test_scales_follow_the_calibration(tmp_path: Path, means: dict[str, torch.Te
         with safe_open(tmp_path / f"{name}.atom" / "weights" / "00001.safetensors", framework="pt") as file:
             names = [k for k in file.keys() if k.endswith(".scale")]  # noqa: SIM118
             results[name] = {k: file.get_tensor(k) for k in names}
+    assert results["with"].keys() == results["without"].keys()
     changed = {k for k, v in results["with"].items() if not torch.equal(v, results["without"][k])}
     assert changed == {"layers.0.attn.wq_a|attn.wkv.scale"}
 
@@ -97,8 +98,23 @@ def test_files_that_are_no_calibration(tmp_path: Path) -> None:
             Calibration(tmp_path / "bad.safetensors")
 
 
+@pytest.mark.parametrize(
+    ("means", "scheme", "reason"),
+    [({"layers.9.attn.wq_a.weight": torch.ones(64)}, "w4a8", "fits none of the"),
+     ({"layers.0.attn.wq_a.weight": torch.ones(64)}, "bf16", "is not needed: scheme bf16 rounds no weight")],
+)  # fmt: skip
+def test_a_calibration_without_use_is_refused(
+    tmp_path: Path, means: dict[str, torch.Tensor], scheme: str, reason: str
+) -> None:
+    checkpoint = random_checkpoint(tmp_path / "plain", tiny_config(**ONE_LAYER), quantized=False)
+    write_calibration(tmp_path / "c.safetensors", means)
+    options = Options(scheme=scheme, calibration=tmp_path / "c.safetensors", stop_after="dead_code")
+    with pytest.raises(CompileError, match=f"--calibration .*{reason}"):
+        compile_model(str(checkpoint), "cpu", tmp_path / "a.atom", options)
+
+
 @pytest.mark.slow
 def test_a_quantised_artifact_is_refused(native_artifact: Path) -> None:
     executor, _ = open_executor(native_artifact)
-    with pytest.raises(CalibrationError, match="is quantised"):
+    with pytest.raises(CalibrationError, match="has the scheme native: what enters its products is rounded"):
         calibrate(executor, read_plan(native_artifact)[0], [TEXT])

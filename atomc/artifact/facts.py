@@ -9,11 +9,13 @@ from dataclasses import dataclass
 
 from atomc.artifact.expr import evaluate
 from atomc.artifact.manifest import Serving
-from atomc.artifact.plan import DTYPE_BYTES, ProgramPlan, RegionPlan, StateTensor
+from atomc.artifact.plan import DTYPE_BYTES, ProgramPlan, RegionPlan, Slot, StateTensor
 
 Regions = Mapping[str, RegionPlan]
-# Parameters in an element of each dtype; packed FP4 has two to a byte, tables of ids and E8M0 scales have none.
-_NUMBERS = {"float32": 1, "bfloat16": 1, "float16": 1, "float8_e4m3fn": 1, "float8_e4m3fnuz": 1, "int8": 2}
+# Parameters in an element of each dtype; tables of ids and E8M0 scales have none.
+_NUMBERS = dict.fromkeys(
+    ("float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "int8"), 1
+)
 
 
 def uses(program: ProgramPlan) -> Counter[str]:
@@ -47,18 +49,30 @@ def weights(program: ProgramPlan, regions: Regions) -> Weights:
     """Counted from the plan, so also for an artifact without weights."""
     tensors = parameters = size = prepared = 0
     for region, used in uses(program).items():
-        slots = regions[region].slots
+        slots, halves = regions[region].slots, _packed_slots(regions[region])
         names = {item.name for item in regions[region].inputs if item.role == "weight"}
         for item in regions[region].inputs:
             if item.role == "weight":
                 slot = slots[item.slot]
                 count = math.prod(evaluate(n, {}) for n in slot.shape)
                 tensors += used
-                parameters += used * count * _NUMBERS.get(slot.dtype, 0) * (not is_scale(item.name, names))
+                numbers = count * _NUMBERS.get(slot.dtype, 0) * (2 if item.slot in halves else 1)
+                parameters += used * numbers * (not is_scale(item.name, names))
                 size += used * count * DTYPE_BYTES[slot.dtype]
         made = [s for s in slots if s.role == "prepared" and s.base is None]
         prepared += used * sum(math.prod(evaluate(n, {}) for n in s.shape) * DTYPE_BYTES[s.dtype] for s in made)
     return Weights(tensors, parameters, size, prepared)
+
+
+def _packed_slots(region: RegionPlan) -> set[int]:
+    """Slots of int8 that hold two FP4 codes to a byte: those that go with an e2m1 layout."""
+    return {
+        arg.id
+        for step in (*region.prepare, *region.steps)
+        if any(isinstance(text, str) and text.startswith("e2m1:") for text in step.args)
+        for arg in step.args
+        if isinstance(arg, Slot) and region.slots[arg.id].dtype == "int8"
+    }
 
 
 def is_scale(name: str, names: Collection[str]) -> bool:

@@ -73,6 +73,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     Attributes:
         config_sha256: of the model's canonical config.json.
         scheme: the quantisation scheme, as `--scheme` takes it from a file. scales: how scales of weights were chosen.
+        calibration: sha256 of the calibration file; empty without one.
         tools: versions of what compiled it; a different version may give different bytes.
         passes: region -> fingerprints of the passes that ran, in order.
         recipes: region -> weight name in the region -> recipe with `{prefix}`.
@@ -94,4 +95,5 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     passes: dict[str, list[str]]
     recipes: dict[str, dict[str, Recipe]]
     files: dict[str, FileEntry]
+    calibration: str = ""
     seal: str = ""

@@ -74,8 +74,6 @@ def compile_command(
 
     if stop_after is None:
         check_output(path)
-    else:
-        _check_pass(stop_after)
 
     options = Options(
         dtype=dtype, scheme=scheme, rows=cache_rows or "", index_rows=index_rows or "", scales=scales,
@@ -92,14 +90,6 @@ def compile_command(
         emit_json(summary)
     else:
         _show(result, summary, options)
-
-
-def _check_pass(name: str) -> None:
-    from atomc.cli.failure import OptionError
-    from atomc.passes import pipelines
-
-    if name not in (labels := [step.label for step in pipelines.compilation()]):
-        raise OptionError(f"--stop-after {name}: no such pass; choose one of {', '.join(labels)}.")
 
 
 def _check_positive(*limits: tuple[str, int | None]) -> None:
@@ -138,6 +128,7 @@ def _summary(result: Result, seconds: float, options: Options) -> dict[str, Any]
         "output": result.output, "sha256": result.hash,
         "seconds": round(seconds, 3), "peak_rss_bytes": _peak_rss(), "nodes_before": before, "nodes_after": after,
         "matches": matches(result.explanation), "regions": dict.fromkeys(result.explanation, 0),
+        "calibrated": result.calibrated,
     }  # fmt: skip
     if result.program is None or result.output is None:
         return summary
@@ -199,6 +190,8 @@ def _show(result: Result, summary: dict[str, Any], options: Options) -> None:
         ("graph", f"{summary['nodes_before']:,} nodes captured, {summary['nodes_after']:,} after the passes"),
         ("matches", f"{sum(summary['matches'].values()):,} by {len(summary['matches'])} passes"),
     ]
+    if (fit := result.calibrated) is not None:
+        rows.append(("scales", f"calibrated for {fit[0]} of {fit[1]} kinds of tensors rounded here, mse for the rest"))
     if result.program is not None:
         sizes = {name: bytes_text(value) for name, value in summary.items() if "bytes" in name}
         packed = "" if options.with_weights else ", not packed (--no-weights)"

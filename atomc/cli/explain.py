@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from atomc.cli.compile import JsonOption, SchemeOption
+from atomc.cli.compile import JsonOption
 
 if TYPE_CHECKING:
     from atomc.report import Explanation, LayoutRow, Layouts
@@ -22,12 +22,15 @@ def explain_command(
     layouts: Annotated[
         bool, typer.Option("--layouts", help="Show how every weight, activation and cache is stored, and why.")
     ] = False,
-    target: Annotated[str, typer.Option(help="Of a model: what to compile it for.")] = "cpu",
-    scheme: SchemeOption = "native",
+    target: Annotated[str | None, typer.Option(help="Of a model: what to compile it for; cpu by default.")] = None,
+    scheme: Annotated[
+        str | None, typer.Option(help="Of a model: a scheme of `atomc schemes` or a .json file; native by default.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show what each pass matched and refused, and how everything is stored. In each region, back to source lines."""
-    explanation, stored = _explanation(what, target, scheme)
+    _check_options(what, layouts and pass_name is not None, target, scheme)
+    explanation, stored = _explanation(what, target or "cpu", scheme or "native")
     explanation = _selected(explanation, pass_name, region)
     stored = {name: rows for name, rows in stored.items() if region in (None, name)}
     if as_json:
@@ -45,6 +48,17 @@ def explain_command(
     _show_refusals(explanation)
     if pass_name is None and stored:
         _show_totals(stored)
+
+
+def _check_options(what: str, both: bool, target: str | None, scheme: str | None) -> None:
+    from atomc.cli.failure import OptionError
+    from atomc.cli.paths import is_artifact
+
+    if both:
+        raise OptionError("--layouts and --pass: choose one; layouts are no pass's matches.")
+    if is_artifact(what) and (target, scheme) != (None, None):
+        flag = "--target" if target is not None else "--scheme"
+        raise OptionError(f"{flag}: {what} is compiled already; give it with a model.")
 
 
 def _explanation(what: str, target: str, scheme: str) -> tuple[Explanation, Layouts]:

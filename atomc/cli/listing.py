@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from atomc.cli.compile import JsonOption
 
@@ -47,11 +49,26 @@ def _target_row(target: Target) -> list[str]:
     ]
 
 
-def schemes_command(as_json: JsonOption = False) -> None:
-    """List the quantisation schemes. With --json, as files that --scheme takes."""
+def schemes_command(
+    name: Annotated[str | None, typer.Argument(help="One scheme; with --json a file that --scheme takes.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the quantisation schemes, or show the rules of one."""
     from atomc.cli.console import emit_json, stdout, table
-    from atomc.passes.scheme import DESCRIPTIONS, SCHEMES
+    from atomc.passes.scheme import DESCRIPTIONS, SCHEMES, get_scheme
 
+    if name is not None:
+        scheme = get_scheme(name)
+        if as_json:
+            emit_json(scheme)
+            return
+        lines = [[str(i), r.op, r.path, r.weight, r.activation or "as it is"] for i, r in enumerate(scheme.rules, 1)]
+        stdout().print(table(DESCRIPTIONS.get(name, ""), ["rule", "op", "path", "weight", "activation"], lines))
+        stdout().print(
+            f"cache rows: {scheme.rows}; index rows: {scheme.index_rows}; weights without a rule: {scheme.full} dtype",
+            style="dim",
+        )
+        return
     if as_json:
         emit_json(SCHEMES)
         return
@@ -60,12 +77,16 @@ def schemes_command(as_json: JsonOption = False) -> None:
     stdout().print("`atomc explain MODEL --scheme NAME --layouts` shows what each does to every tensor.", style="dim")
 
 
-def passes_command(as_json: JsonOption = False) -> None:
+def passes_command(
+    target: Annotated[str, typer.Option(help="What the compile is for: a GPU has passes of its own.")] = "mi355x",
+    as_json: JsonOption = False,
+) -> None:
     """List the passes of a compile. In order, each with its contract."""
     from atomc.cli.console import emit_json, stdout, table
     from atomc.passes import pipelines
+    from atomc.targets import get_target
 
-    pipeline = pipelines.compilation()
+    pipeline = pipelines.compilation(target=get_target(target))
     rows = [(str(number), step.label, contract(step)) for number, step in enumerate(pipeline, start=1)]
     if as_json:
         emit_json(

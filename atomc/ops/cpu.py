@@ -279,7 +279,7 @@ def moe_experts_quant(
     codes: torch.Tensor, scales: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, indices: torch.Tensor,
     weights: torch.Tensor, limit: float, layout: str, inner_layout: str, dtype: torch.dtype,
 ) -> torch.Tensor:  # fmt: skip
-    """See `atomc.ops.scaled.moe_experts_quant`."""
+    """See `atomc.ops.experts.moe_experts_quant`."""
     return _experts(dequantize(codes, scales, layout, dtype), w13, w2, indices, weights, limit, inner_layout)
 
 

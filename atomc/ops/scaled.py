@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from atomc.ops.experts import grouped_linear
-from atomc.ops.quantize import Pair, dequantize, pair_like, quantize
+from atomc.ops.experts import by_expert, weighted_swiglu
+from atomc.ops.quantize import dequantize, quantize
 from atomc.ops.registry import define
 
 F32 = torch.float32
@@ -61,45 +61,6 @@ def scaled_grouped_output(
     return z.transpose(0, 1).flatten(1).to(dtype)
 
 
-def _weighted_swiglu(h: torch.Tensor, weights: torch.Tensor, limit: float) -> torch.Tensor:
-    """[T, k, 2I] -> [T, k, I] fp32: clamped SwiGLU times the routing weight (spec 2.8)."""
-    gate, up = h.float().chunk(2, dim=-1)
-    return F.silu(gate.clamp(max=limit)) * up.clamp(min=-limit, max=limit) * weights.unsqueeze(-1)
-
-
-@define(
-    "moe_experts_quant(Tensor codes, Tensor scales, Tensor w13, Tensor w2, Tensor indices, Tensor weights, float limit,"
-    " str layout, str inner_layout, ScalarType dtype) -> Tensor",
-    tokens="codes",
-    spec="2.8, 3.4, 6.1 K21-K22",
-    fake=lambda codes, _s, _a, w2, *_: codes.new_empty((codes.shape[0], w2.shape[1]), dtype=F32),
-)
-def moe_experts_quant(
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    w13: torch.Tensor,
-    w2: torch.Tensor,
-    indices: torch.Tensor,
-    weights: torch.Tensor,
-    limit: float,
-    layout: str,
-    inner_layout: str,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """`moe_experts` of a quantised x; what enters w2 is quantised after the routing weight (spec 2.8, 3.4).
-
-    Args:
-        codes, scales: x [T, D] in `layout`. w13: [E, 2I, D], w2: [E, D, I] in `dtype`, the compute dtype.
-        inner_layout: of the input of w2.
-    Returns:
-        [T, D] fp32.
-    """
-    x = dequantize(codes, scales, layout, dtype)
-    a = _weighted_swiglu(grouped_linear(x, w13, indices), weights, limit).to(dtype)
-    a = dequantize(*quantize(a, inner_layout), inner_layout, dtype)
-    return grouped_linear(a, w2, indices).float().sum(dim=1)
-
-
 @define(
     "scaled_moe_experts(Tensor codes, Tensor scales, Tensor w13, Tensor w13_scales, Tensor w2, Tensor w2_scales,"
     " Tensor indices, Tensor weights, float limit, str layout, str inner_layout, str w13_layout, str w2_layout,"
@@ -124,19 +85,15 @@ def scaled_moe_experts(
     w2_layout: str,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """`moe_experts_quant` with packed experts: codes [E, 2I, D] and [E, D, I] with their scales."""
-    experts = (dequantize(w13, w13_scales, w13_layout, dtype), dequantize(w2, w2_scales, w2_layout, dtype))
-    return moe_experts_quant(codes, scales, *experts, indices, weights, limit, layout, inner_layout, dtype)
+    """`moe_experts_quant` with packed experts: codes [E, 2I, D] and [E, D, I] with their scales.
 
-
-@define(
-    "swiglu_quant(Tensor gate, Tensor up, float limit, str layout) -> (Tensor, Tensor)",
-    tokens="gate",
-    spec="2.8, 3.4, 6.1 K22",
-    fake=lambda gate, _up, _limit, layout: pair_like(gate, tuple(gate.shape), layout),
-)
-def swiglu_quant(gate: torch.Tensor, up: torch.Tensor, limit: float, layout: str) -> Pair:
-    """`swiglu`, then `quantize` for the product that follows."""
-    from atomc.ops.activation import swiglu
-
-    return quantize(swiglu(gate, up, limit), layout)
+    `dtype` is what the results of both products and the input of the second are rounded to. With scales that are
+    powers of two this is `moe_experts_quant` of the dequantised experts; with float32 scales, that rounds each
+    dequantised number to `dtype`, and this does not.
+    """
+    x = dequantize(codes, scales, layout, F32)
+    h = by_expert(x, w13.shape[1], indices, lambda e: dequantize(w13[e], w13_scales[e], w13_layout, F32)).to(dtype)
+    a = weighted_swiglu(h, weights, limit).to(dtype)
+    a = dequantize(*quantize(a, inner_layout), inner_layout, F32)
+    y = by_expert(a, w2.shape[1], indices, lambda e: dequantize(w2[e], w2_scales[e], w2_layout, F32)).to(dtype)
+    return y.float().sum(dim=1)

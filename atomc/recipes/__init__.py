@@ -2,7 +2,7 @@
 
 from atomc.recipes.evaluate import evaluate, output_spec
 from atomc.recipes.names import joined, members
-from atomc.recipes.pairs import Choice, Pair, pair_of, stored_layout, uncast
+from atomc.recipes.pairs import Choice, Pair, dense_origin, pair_of, stored_layout, uncast
 from atomc.recipes.steps import (
     PREFIX,
     Cast,
@@ -33,6 +33,6 @@ from atomc.recipes.steps import (
 __all__ = [
     "PREFIX", "Cast", "Choice", "Concat", "Constant", "Convert", "DType", "Dequantize", "Load", "Method", "Pair",
     "Part", "Permute", "Quantize", "Recipe", "Repeat", "Reshape", "Slice", "Stack", "TensorSpec", "children",
-    "evaluate", "from_json", "instantiate", "joined", "members", "output_spec", "pair_of", "sources", "stored_layout",
-    "to_json", "torch_dtype", "uncast",
+    "dense_origin", "evaluate", "from_json", "instantiate", "joined", "members", "output_spec", "pair_of", "sources",
+    "stored_layout", "to_json", "torch_dtype", "uncast",
 ]  # fmt: skip

@@ -11,11 +11,12 @@ Terms:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Final, Literal
 
 import msgspec
+import torch
 
 from atomc.errors import RecipeError
 from atomc.formats import FP8_TILE, MXFP4, Layout
@@ -31,12 +32,15 @@ from atomc.recipes.steps import (
     Repeat,
     Stack,
     TensorSpec,
+    children,
     sources,
+    torch_dtype,
 )
 
 SpecOf = Callable[[Recipe], TensorSpec]
 # How the pair comes from what is stored: its very bytes, the same numbers in another layout, or rounded anew.
 Origin = Literal["stored", "exact", "quantized"]
+_WORSE: Final[tuple[Origin, ...]] = ("stored", "exact", "quantized")
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ def pair_of(recipe: Recipe, layout: Layout, spec_of: SpecOf, choice: Choice | No
         case Stack(parts=parts, dim=0):
             pairs = [pair_of(part, layout, spec_of, choice) for part in parts]
             codes, scales = tuple(p.codes for p in pairs), tuple(p.scales for p in pairs)
-            return replace(pairs[0], codes=Stack(codes), scales=Stack(scales))
+            return replace(pairs[0], codes=Stack(codes), scales=Stack(scales), origin=_worst(p.origin for p in pairs))
         case Concat(parts=parts, dim=0):
             return _concat(
                 [pair_of(part, layout, spec_of, choice) for part in parts], [spec_of(p).shape[0] for p in parts]
@@ -121,7 +125,25 @@ def _concat(pairs: list[Pair], rows: list[int]) -> Pair:
         for pair, n in zip(pairs, rows, strict=True)
     )
     codes = tuple(pair.codes for pair in pairs)
-    return Pair(Concat(codes, 0), Concat(scales, 0), replace(layout, rows=cut), pairs[0].origin)
+    return Pair(Concat(codes, 0), Concat(scales, 0), replace(layout, rows=cut), _worst(p.origin for p in pairs))
+
+
+def dense_origin(recipe: Recipe, spec_of: SpecOf) -> Origin:
+    """How a weight that is not packed comes from what is stored."""
+    match recipe:
+        case Cast(source=source, dtype=dtype):
+            stored = spec_of(source).dtype
+            kept = torch.promote_types(stored, torch_dtype(dtype)) == torch_dtype(dtype)
+            return _worst([dense_origin(source, spec_of), "exact" if kept else "quantized"])
+        case Dequantize(layout=layout, dtype=dtype):
+            # A code has a few bits, and a power of two moves no bit: the product is exact where its range is.
+            exact = Layout.parse(layout).scale != "float32" and dtype in ("float32", "bfloat16")
+            return "exact" if exact else "quantized"
+    return _worst(dense_origin(child, spec_of) for child in children(recipe))
+
+
+def _worst(origins: Iterable[Origin]) -> Origin:
+    return max(origins, key=_WORSE.index, default="stored")
 
 
 def uncast(recipe: Recipe) -> Recipe:

@@ -131,6 +131,12 @@ def test_a_weight_that_is_returned_or_written_into_prepares_nothing() -> None:
     assert plan.prepare == [] and len(steps_of(plan, "aten.mul.Tensor")) == 1
 
 
+@pytest.mark.parametrize("result", [lambda w: (w * 2).t().contiguous(), lambda w: (w * 2).split(2)[1], lambda w: w.t()])
+def test_what_is_returned_through_a_view_or_an_item_is_made_anew(result: Callable[[Tensor], Tensor]) -> None:
+    plan = lowered(lambda x, w: (x.exp(), result(w).exp() * 1), x=X, w=("weight", (4, WIDTH)))
+    assert plan.prepare == []
+
+
 def test_a_mutated_temporary_lives_on() -> None:
     def function(x: Tensor) -> Tensor:
         base = x.exp()

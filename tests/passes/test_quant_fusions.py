@@ -234,15 +234,19 @@ def test_what_is_nearly_an_operator_is_left_alone(name: str) -> None:
 
 
 def test_one_pair_feeds_several_products() -> None:
-    """A pair expanded once for two readers: each takes the codes themselves."""
-    case = {**quantised(TOKENS, D, ACT), **packed_weight(12, D)}
+    """A pair expanded once for three readers: each takes the codes themselves, if its weight is whole."""
+    tensors = [
+        t
+        for case in (quantised(TOKENS, D, ACT), packed_weight(12, D), packed_weight(8, D))
+        for t in list(case.values())[:2]
+    ]
 
-    def two(codes: Tensor, scales: Tensor, weight: Tensor, weight_scales: Tensor) -> tuple[Tensor, Tensor]:
+    def three(codes: Tensor, scales: Tensor, a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor) -> list[Tensor]:
         x = atom.dequantize(codes, scales, ACT, torch.float32)
-        w = atom.dequantize(weight, weight_scales, WEIGHT, torch.float32)
-        return F.linear(x, w), F.linear(x, w[:4])
+        weights = [atom.dequantize(*pair, WEIGHT, torch.float32) for pair in ((a, a_scales), (b, b_scales))]
+        return [F.linear(x, weights[0]), F.linear(x, weights[1]), F.linear(x, weights[0][:4])]
 
-    gm = traced(two, *_tensors(case, "codes", "scales", "weight", "weight_scales"))
-    apply(gm, quant_fusions.SCALED_LINEAR, expected={"fuse_scaled_linear": 1})
-    assert operators(gm).count("atom.scaled_linear") == 1
+    gm = traced(three, *tensors)
+    apply(gm, quant_fusions.SCALED_LINEAR, expected={"fuse_scaled_linear": 2})
+    assert operators(gm).count("atom.scaled_linear") == 2
     assert operators(gm).count("aten.linear") == 1  # a part of a weight is no packed weight

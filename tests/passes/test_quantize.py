@@ -20,7 +20,7 @@ from atomc.passes.quantize import Quantize
 from atomc.passes.rotation import index_rotation
 from atomc.passes.runner import Context, run_pipeline
 from atomc.passes.scheme import SCHEMES, Rule, Scheme
-from atomc.recipes import Cast, Concat, Dequantize, Load, Recipe, Stack, evaluate, output_spec
+from atomc.recipes import Cast, Concat, Dequantize, Load, Recipe, Stack, dense_origin, evaluate, output_spec, pair_of
 from atomc.recipes.steps import TensorSpec
 from atomc.targets import get_target
 from tests.support.graphs import TOKENS, operators, randn, text, traced
@@ -36,7 +36,12 @@ for _name, _shape, _layout in (
 ):  # fmt: skip
     _codes, _scales = quantize(torch.randn(_shape, generator=torch.Generator().manual_seed(len(CHECKPOINT))), _layout)
     CHECKPOINT |= {f"{_name}.weight": _codes, f"{_name}.scale": _scales}
-CHECKPOINT |= {"gate": torch.randn(6, D).bfloat16(), "plain": torch.randn(N, D).bfloat16(), "table": torch.arange(9)}
+CHECKPOINT |= {
+    "gate": torch.randn(6, D).bfloat16(),
+    "plain": torch.randn(N, D).bfloat16(),
+    "wide": torch.randn(N, D),
+    "table": torch.arange(9),
+}
 
 
 def stored(name: str, layout: str = TILE) -> Recipe:
@@ -135,6 +140,8 @@ def test_none_changes_nothing_and_bf16_stores_bfloat16() -> None:
     assert operators(case.gm) == ["aten.to.dtype", "aten.linear"]
     (recipe,) = case.ctx.weights.values()
     assert spec_of(recipe).dtype == torch.bfloat16
+    (weight,) = case.ctx.decisions
+    assert (weight.layout, weight.stored, weight.origin) == ("bfloat16", TILE, "exact")
     x = randn(3, D)
     assert torch.equal(case.values(x), F.linear(x, case.dense[0]))  # both formats are exact in bfloat16
 
@@ -155,6 +162,22 @@ def test_a_plain_checkpoint_stays_plain_under_native_and_is_quantised_under_othe
             else F.linear(rounded(x, ACT), atom.dequantize(*quantize(w, FP8_TILE), TILE, w.dtype))
         )
         assert torch.equal(case.values(x), want)
+
+
+def test_the_table_tells_a_cast_that_rounds_from_one_that_does_not() -> None:
+    for stored_as, dtype, origin in (("plain", "float32", "exact"), ("wide", "bfloat16", "quantized")):
+        recipe = Cast(Load(stored_as), dtype)  # type: ignore[arg-type]
+        assert dense_origin(recipe, spec_of) == origin
+    assert dense_origin(Load("plain"), spec_of) == "stored"
+    assert dense_origin(Stack((Load("plain"), Cast(Load("wide"), "bfloat16"))), spec_of) == "quantized"
+    assert dense_origin(Dequantize(Load("a"), Load("b"), "e4m3:1x*:float32"), spec_of) == "quantized"
+
+
+def test_a_packed_weight_is_as_its_worst_part() -> None:
+    parts = (stored("wkv"), Cast(Load("plain"), "float32"))
+    assert pair_of(Concat(parts, 0), FP8_TILE, spec_of).origin == "quantized"
+    assert pair_of(Concat(parts[::-1], 0), FP8_TILE, spec_of).origin == "quantized"
+    assert pair_of(Stack((stored("e0.w2", FOUR), stored("e1.w2", FOUR))), MXFP4, spec_of).origin == "stored"
 
 
 def test_merged_weights_whose_rows_share_a_tile_get_smaller_tiles() -> None:
@@ -236,6 +259,20 @@ def test_what_is_rounded_already_is_not_rounded_again_where_that_is_exact() -> N
     gm = traced(moved, randn(TOKENS, D))
     (_, row) = run_pipeline((Canonicalize(), CancelQuantize()), gm, Context("test"))
     assert not row.report.matches and "float32 scales" in row.report.refusals[0].reason
+
+
+def test_a_top_that_is_no_code_is_rounded_twice() -> None:
+    """amax goes to 236, which is no e4m3 value: it may round to 240, and that asks for another scale."""
+    layout = "e4m3:1x128:e8m0:max236"
+
+    def again(x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(atom.quantize(atom.dequantize(*atom.quantize(x, layout), layout, torch.float32), layout))
+
+    x = torch.full((1, D), 235.0)
+    assert not torch.equal(again(x)[1], atom.quantize(x, layout)[1])
+    gm = traced(again, randn(TOKENS, D))
+    (_, row) = run_pipeline((Canonicalize(), CancelQuantize()), gm, Context("test"))
+    assert not row.report.matches and "236 is no value of e4m3" in row.report.refusals[0].reason
 
 
 def test_a_weight_in_full_is_stored_as_the_checkpoint_has_it() -> None:

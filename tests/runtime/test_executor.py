@@ -261,6 +261,23 @@ def test_pools_that_no_machine_holds(artifact: Path) -> None:
         opened(artifact, blocks=1 << 50)
 
 
+@pytest.mark.parametrize(
+    ("error", "kind", "said"),
+    [(torch.OutOfMemoryError("no room"), ServingError, "No memory to expand the weights of prologue: aten."),
+     (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9"), ServingError, "No memory"),
+     (RuntimeError("shapes"), ArtifactError, "The weights cannot be prepared, at prologue: aten.")],
+)  # fmt: skip
+def test_an_error_while_weights_are_prepared_says_where(
+    native_artifact: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, kind: type[Exception], said: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("atomc.runtime.executor.BoundStep.run", fail)
+    with pytest.raises(kind, match=re.escape(said)):
+        opened(native_artifact)
+
+
 def test_the_rehearsal_leaves_no_trace(artifact: Path) -> None:
     executor = opened(artifact)
     assert all(not state.any() for state in executor.states.values())
