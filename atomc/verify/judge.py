@@ -161,17 +161,23 @@ def judge_choice(
     what: str, found: Tensor, scores: Tensor, visible: Tensor, wanted: int, allowed: Tensor | float
 ) -> Verdict:
     """Chosen rows [T, k] (-1: none) by float64 scores [T, n] of which the first `visible` [T] may be chosen."""
+    if tuple(found.shape) != (expected := (scores.shape[0], wanted)):
+        return broken(what, f"has shape {list(found.shape)}, the reference {list(expected)}")
     count = visible.clamp(max=wanted)
-    picked = found >= 0
+    picked, outside = found >= 0, (found < -1) | (found >= visible[:, None])
+    if bool(outside.any()):
+        token, choice = outside.nonzero()[0].tolist()
+        return broken(
+            what, f"token {token} chose row {int(found[token, choice])} of {int(visible[token])} that it may see"
+        )
     rows = found.clamp(min=0).long()
-    if bool((picked & (found >= visible[:, None])).any()) or bool((found < -1).any()):
-        at = int((picked & (found >= visible[:, None])).any(1).nonzero()[0]) if bool(picked.any()) else 0
-        return broken(what, f"token {at} chose row {int(found[at].max())} of {int(visible[at])} that it may see")
     each = torch.zeros((found.shape[0], scores.shape[1] + 1), dtype=torch.int32)
     each.scatter_add_(1, torch.where(picked, rows, scores.shape[1]), torch.ones_like(rows, dtype=torch.int32))
-    if bool((each[:, :-1] > 1).any()) or not torch.equal(picked.sum(1), count.to(torch.int64)):
-        at = int(((each[:, :-1] > 1).any(1) | (picked.sum(1) != count)).nonzero()[0])
-        return broken(what, f"token {at} chose {int(picked[at].sum())} rows, some twice; {int(count[at])} are wanted")
+    twice, few = (each[:, :-1] > 1).any(1), picked.sum(1) != count
+    if bool((twice | few).any()):
+        at = int((twice | few).nonzero()[0])
+        some = ", some twice" if twice[at] else ""
+        return broken(what, f"token {at} chose {int(picked[at].sum())} rows{some}; {int(count[at])} are wanted")
     hidden = torch.arange(scores.shape[1]) >= visible[:, None]
     ranked = scores.masked_fill(hidden, -torch.inf).sort(dim=1, descending=True).values
     lowest = ranked.gather(1, (count.long() - 1).clamp(min=0)[:, None])  # the k-th best

@@ -94,6 +94,24 @@ def shifted(codes: Tensor) -> Tensor:
     return codes
 
 
+def below_none(rows: Tensor) -> Tensor:
+    """One row that no list of rows may hold: only -1 means none."""
+    rows = rows.clone()
+    rows[-1, -1] = -2
+    return rows
+
+
+def chosen(name: str, change: Callable[[Tensor], Tensor]) -> Reference:
+    """The operator with its second result, the experts chosen, changed."""
+    right = OPS[name].cpu
+
+    def run(**given: Any) -> Any:
+        weights, experts = right(**given)
+        return weights, change(experts)
+
+    return run
+
+
 MISTAKES: list[tuple[str, str, Callable[[str], Reference]]] = [
     ("norm without eps", "rms_norm", lambda n: wrong(n, eps=100 * EPS)),
     ("norm without its weight", "rms_norm", lambda n: wrong(n, weight=None)),
@@ -117,6 +135,10 @@ MISTAKES: list[tuple[str, str, Callable[[str], Reference]]] = [
     ("index weights left out", "index", lambda n: wrong(n, weights=lambda w: torch.ones_like(w))),
     ("a selected row twice", "index", lambda n: after(n, lambda r: torch.cat((r[:, :1], r[:, :1], r[:, 2:]), 1))),
     ("selected rows of the future", "index", lambda n: after(n, lambda r: r + 100)),
+    ("a row below none", "index", lambda n: after(n, lambda r: r.index_fill(1, torch.tensor(0), -2))),
+    ("a row below none for one token", "index packed", lambda n: after(n, below_none)),
+    ("an expert below none", "route_topk", lambda n: chosen(n, lambda e: e - 2)),
+    ("one row too few", "index", lambda n: after(n, lambda r: r[:, :-1])),
     ("state kept in the wrong place", "update", lambda n: wrong(n, positions=lambda p: p + 1)),
     ("no routing weight", "experts", lambda n: wrong(n, weights=lambda w: torch.ones_like(w))),
     ("no routing weight, packed", "experts packed", lambda n: wrong(n, weights=lambda w: torch.ones_like(w))),
@@ -145,8 +167,8 @@ def test_every_mistake_breaks_a_bound(
 
 
 def test_there_are_as_many_mistakes_as_there_should_be() -> None:
-    assert len(MISTAKES) == 36
-    assert len({m[0] for m in MISTAKES}) == 36
+    assert len(MISTAKES) == 40
+    assert len({m[0] for m in MISTAKES}) == 40
 
 
 @pytest.mark.parametrize("op", ["aten.linear.default", "aten.mul.Tensor", "aten.cos.default", "aten.embedding.default"])
@@ -175,3 +197,10 @@ def test_a_rounded_product_is_within_half_a_spacing() -> None:
 def test_the_cpu_kernels_are_what_is_judged() -> None:
     """An operator's own function, not the reference: else nothing would ever differ."""
     assert OPS["rms_norm"].cpu is cpu.rms_norm is not OPS["rms_norm"].reference
+
+
+def test_a_row_below_none_is_named() -> None:
+    op, given = arguments("index")
+    seen = observe(op, given)
+    (verdict,) = examine(dataclasses.replace(seen, results=(below_none(seen.results[0]),)))
+    assert verdict.why == "token 23 chose row -2 of 3 that it may see"
