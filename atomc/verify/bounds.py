@@ -44,16 +44,22 @@ EXACT: Final = frozenset(
     for name in (
         "alias.default", "arange.default", "clamp.default", "clone.default", "contiguous.default", "cat.default",
         "detach.default", "embedding.default", "expand.default", "eye.default", "flatten.using_ints", "full.default",
-        "gather.default", "index.Tensor", "index_select.default", "ones.default", "permute.default", "reshape.default",
-        "select.int", "slice.Tensor", "split.Tensor", "split_with_sizes.default", "squeeze.dim", "stack.default",
-        "transpose.int", "unbind.int", "unflatten.int", "unsqueeze.default", "view.default", "where.self",
-        "zeros.default",
+        "gather.default", "index.Tensor", "index_copy.default", "index_select.default", "ones.default",
+        "permute.default", "reshape.default", "select.int", "slice.Tensor", "split.Tensor",
+        "split_with_sizes.default", "squeeze.dim", "stack.default", "transpose.int", "unbind.int", "unflatten.int",
+        "unsqueeze.default", "view.default", "where.self", "zeros.default",
     )
 )  # fmt: skip
 ROUNDINGS: Final = frozenset({"quantize", "pack_rows"})
 COPIES: Final = frozenset({"cache_insert", "compressed_insert", "compressor_update"})  # between equal dtypes
 PRODUCTS: Final = frozenset({"aten.linear.default", "aten.mm.default", "aten.bmm.default", "aten.matmul.default"})
-CASTS: Final = frozenset({"aten.to.dtype", "aten._to_copy.default"})
+CASTS: Final = frozenset({"aten.to.dtype", "aten._to_copy.default", "aten.copy.default"})
+
+
+def functional(op: str) -> str:
+    """The operator that computes what an in-place one writes: `aten.mul_.Tensor` -> `aten.mul.Tensor`."""
+    namespace, name, overload = op.split(".")
+    return op if name.startswith("__") else f"{namespace}.{name.removesuffix('_')}.{overload}"
 
 
 def unit_of(values: Any) -> float:

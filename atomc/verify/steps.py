@@ -23,7 +23,7 @@ from atomc.runtime.bind import resolve
 from atomc.verify import bounds, grid, judge
 from atomc.verify.errors import VerifyError
 from atomc.verify.judge import Verdict
-from atomc.verify.wide import PackedRows, Rounding, Script, Trace, run_wide, widen, widen_dtype
+from atomc.verify.wide import PackedRows, Rounding, Script, Trace, results_of, run_wide, widen, widen_dtype
 
 # Results that are choices: result -> the argument that says how many may be seen, if any.
 CHOICES: Final = {"index_topk": 0, "index_rope_topk": 0, "route_topk": 1}
@@ -50,6 +50,10 @@ class Observation:
         """The operator's name in its namespace."""
         return self.op.split(".")[1]
 
+    def first_of(self, name: str) -> int:
+        """The first page of a mutated argument that is judged."""
+        return 1 if name in self.reserved else 0
+
 
 def named_arguments(op: str, args: tuple[Any, ...] | list[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments by the names of the operator's schema."""
@@ -67,12 +71,15 @@ def mutates(op: str) -> tuple[str, ...]:
     return tuple(a.name for a in overload._schema.arguments if a.alias_info is not None and a.alias_info.is_write)
 
 
+def copies_of_written(op: str, arguments: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Copies of the tensors that an operator is going to write, by the names of its arguments."""
+    return {n: arguments[n].clone() for n in mutates(op) if isinstance(arguments.get(n), Tensor)}
+
+
 def observe(op: str, arguments: dict[str, Any], reserved: frozenset[str] = frozenset()) -> Observation:
     """Run a step as the plan does, on copies of what it writes."""
-    fresh = {name: arguments[name].clone() for name in mutates(op)}
-    given = arguments | fresh
-    result = _call(resolve(op), op, given)
-    results = tuple(result) if isinstance(result, (tuple, list)) else () if result is None else (result,)
+    fresh = copies_of_written(op, arguments)
+    results = results_of(_call(resolve(op), op, arguments | fresh))
     return Observation(op, arguments, results, fresh, reserved)
 
 
@@ -97,30 +104,38 @@ def examine(seen: Observation) -> list[Verdict]:
 
 
 def _examine_aten(seen: Observation) -> list[Verdict]:
-    wide = {name: widen_dtype(widen(value)) for name, value in seen.arguments.items()}
+    """Results that nobody uses (None) are not judged; what is written in place is judged as a result is."""
     function = operator_of(seen.op)
     assert function is not None
-    expected = _call(function, seen.op, wide)
-    expected = tuple(expected) if isinstance(expected, (tuple, list)) else (expected,)
-    return [
-        judge.compare(f"out {i}", found, ideal, _aten_bound(seen, function, wide, ideal, found))
-        for i, (found, ideal) in enumerate(zip(seen.results, expected, strict=True))
+    wide = {name: widen_dtype(widen(value)) for name, value in seen.arguments.items()}
+    now = wide | {name: wide[name].clone() for name in seen.mutated}
+    pairs = dict(enumerate(zip(seen.results, results_of(_call(function, seen.op, now)), strict=True)))
+    verdicts = [
+        judge.compare(f"out {at}", found, ideal, _aten_bound(seen, function, wide, ideal, found))
+        for at, (found, ideal) in pairs.items()
+        if found is not None
     ]
+    for name, found in seen.mutated.items():
+        first = seen.first_of(name)
+        bound = torch.as_tensor(_aten_bound(seen, function, wide, now[name], found)).expand(found.shape)
+        verdict = judge.compare(name, found[first:], now[name][first:], bound[first:])
+        verdicts.append(_moved_down(verdict, first))
+    return verdicts
 
 
 def _aten_bound(
     seen: Observation, function: Callable[..., Any], wide: dict[str, Any], ideal: Tensor, found: Tensor
 ) -> Tensor | float:
-    op, unit = seen.op, bounds.unit_of((*seen.arguments.values(), *seen.results))
+    op, unit = bounds.functional(seen.op), bounds.unit_of((*seen.arguments.values(), *seen.results))
     if op in bounds.EXACT:
         return 0.0
     if op in bounds.CASTS:
-        source = next(v for v in seen.arguments.values() if isinstance(v, Tensor))
+        source = seen.arguments.get("src", next(v for v in seen.arguments.values() if isinstance(v, Tensor)))
         narrower = source.dtype != found.dtype and found.dtype in bounds.UNIT
         held = source.dtype in bounds.UNIT and bounds.UNIT[source.dtype] >= bounds.UNIT.get(found.dtype, 1.0)
         return bounds.UNIT[found.dtype] * ideal.abs() + 2.0**-134 if narrower and not held else 0.0
     if op in bounds.PRODUCTS:
-        magnitudes = _call(function, op, {n: v.abs() if isinstance(v, Tensor) else v for n, v in wide.items()})
+        magnitudes = _call(function, seen.op, {n: v.abs() if isinstance(v, Tensor) else v for n, v in wide.items()})
         return bounds.product_bound(magnitudes, ideal, bounds.depth_of(op, wide.values()), unit)
     # One function of each element, or one we know nothing of: a few units, and the reach of an argument reduction.
     return 8 * unit * (ideal.abs() + 0.125 * ideal.abs().amax() if ideal.numel() else ideal.abs())
@@ -273,7 +288,7 @@ class _Examination:
     # -- what is written -----------------------------------------------------------------------------------------------
 
     def _written(self, name: str, found: Tensor) -> Iterator[Verdict]:
-        first = 1 if name in self.seen.reserved else 0
+        first = self.seen.first_of(name)
         if self.nominal.packed and found.dtype == torch.uint8:
             yield from self._packed(name, found, self.nominal.packed[0], first)
             return

@@ -17,7 +17,7 @@ from atomc.runtime.watch import MemoryWatch
 from atomc.verify.errors import VerifyError
 from atomc.verify.judge import Verdict, worst
 from atomc.verify.names import Names
-from atomc.verify.steps import Observation, examine, mutates, named_arguments
+from atomc.verify.steps import Observation, copies_of_written, examine, named_arguments
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,7 @@ class StepWatch:
             self._call = next(self._calls)
         if self._watched(region):
             step = region.steps[at]
-            given = self._arguments(step, env, sizes)
-            self._before = {name: given[name].clone() for name in mutates(step.op)}
+            self._before = copies_of_written(step.op, self._arguments(step, env, sizes))
 
     def after(self, region: RegionPlan, at: int, env: Environment, sizes: Sizes) -> None:
         """Judge step `at`."""

@@ -204,10 +204,16 @@ def run_wide(function: Callable[..., Any], arguments: dict[str, Any], mutated: S
         if name not in mutated:
             wide[name] = _jittered(mode, value)
     with _redirected(mode), mode:
-        results = function(**wide)
-    mode.trace.results = results if isinstance(results, tuple) else () if results is None else (results,)
+        mode.trace.results = results_of(function(**wide))
     mode.trace.mutated = {name: wide[name] for name in mutated}
     return mode.trace
+
+
+def results_of(returned: Any) -> tuple[Any, ...]:
+    """What an operator returned, as its schema counts it: nothing, one result, or several."""
+    if returned is None:
+        return ()
+    return tuple(returned) if isinstance(returned, (tuple, list)) else (returned,)
 
 
 # Of larger ones (weights) the rounding acts as that of what they are multiplied with does, and takes long to draw.

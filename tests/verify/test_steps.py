@@ -204,3 +204,62 @@ def test_a_row_below_none_is_named() -> None:
     seen = observe(op, given)
     (verdict,) = examine(dataclasses.replace(seen, results=(below_none(seen.results[0]),)))
     assert verdict.why == "token 23 chose row -2 of 3 that it may see"
+
+
+# -- operators of torch that write, or give nothing --------------------------------------------------------------------
+
+WRITES: dict[str, dict[str, Any]] = {
+    "aten.copy_.default": {"self": torch.zeros(9, 64), "src": torch.randn(9, 64)},
+    "aten.mul_.Tensor": {"self": torch.randn(9, 64), "other": torch.randn(64)},
+    "aten.index_copy_.default": {
+        "self": torch.randn(9, 64), "dim": 0, "index": torch.tensor([7, 2]), "source": torch.randn(2, 64),
+    },
+    "aten.add.out": {"self": torch.randn(9, 64), "other": torch.randn(9, 64), "out": torch.zeros(9, 64)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("op", WRITES)
+def test_what_an_operator_of_torch_writes_is_judged(op: str) -> None:
+    given = WRITES[op]
+    name = "out" if op.endswith(".out") else "self"
+    before = given[name].clone()
+    seen = observe(op, given)
+    result, written = examine(seen)
+    assert (result.what, written.what) == ("out 0", name)
+    assert result.ok and written.ok, (result, written)
+    assert torch.equal(given[name], before)  # judged on copies
+    off = dataclasses.replace(seen, mutated={name: nudged(seen.mutated[name])})
+    assert [v.ok for v in examine(off)] == [True, False]
+    left = dataclasses.replace(seen, mutated={name: before})
+    assert not examine(left)[1].ok
+
+
+def test_a_cast_in_place_is_within_half_a_spacing() -> None:
+    given = {"self": torch.zeros(40, 40).bfloat16(), "src": torch.randn(40, 40)}
+    seen = observe("aten.copy_.default", given)
+    assert examine(seen)[1].ok
+    truncated = (given["src"].view(torch.int32) & -65536).view(torch.float32).bfloat16()
+    assert not examine(dataclasses.replace(seen, mutated={"self": truncated}))[1].ok
+
+
+def test_the_reserved_page_is_anyones() -> None:
+    seen = observe("aten.copy_.default", WRITES["aten.copy_.default"], frozenset({"self"}))
+    page = seen.mutated["self"].index_fill(0, torch.tensor(0), 7.0)
+    assert examine(dataclasses.replace(seen, results=(None,), mutated={"self": page}))[0].ok
+    page = seen.mutated["self"].index_fill(0, torch.tensor(1), 7.0)
+    (verdict,) = examine(dataclasses.replace(seen, results=(None,), mutated={"self": page}))
+    assert not verdict.ok
+    assert verdict.index[0] == 1
+
+
+def test_an_operator_that_gives_nothing_has_no_verdict() -> None:
+    seen = observe("aten._assert_async.default", {"self": torch.tensor(True)})
+    assert seen.results == ()
+    assert examine(seen) == []
+
+
+def test_a_result_that_nobody_uses_is_not_judged() -> None:
+    seen = observe("aten.sort.default", {"self": torch.randn(9, 64)})
+    assert [v.what for v in examine(seen)] == ["out 0", "out 1"]
+    only = dataclasses.replace(seen, results=(None, seen.results[1]))
+    assert [v.what for v in examine(only)] == ["out 1"]
