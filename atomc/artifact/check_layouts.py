@@ -21,7 +21,8 @@ from typing import Any, Final, Protocol
 import torch
 
 from atomc.artifact.expr import evaluate
-from atomc.artifact.plan import SYMBOLS, DType, RegionPlan, Size, Slot, SlotInfo, Step
+from atomc.artifact.names import Names
+from atomc.artifact.plan import PROBES, DType, RegionPlan, Size, Slot, SlotInfo, Step
 from atomc.formats import Layout, RowLayout
 
 CACHES: Final = ("cache", "window")
@@ -32,8 +33,7 @@ WRITERS: Final = {  # operators that store rows -> the argument that they store
     "atom.cache_insert.default": "x", "atom.compressed_insert.default": "x",
 }  # fmt: skip
 _THROUGH: Final = ("atom.dequantize.default", "atom.quantize.default", "atom.pack_rows.default")
-# Sizes that no layout's block divides by accident, and none that is equal to another.
-PROBE: Final = dict(zip(SYMBOLS, (11, 3, 5, 7, 2, 13, 17, 19), strict=True))
+PROBE: Final = PROBES[0]
 
 
 class Adds(Protocol):
@@ -80,6 +80,7 @@ def check_results(problems: Adds, region: RegionPlan, resolve: Callable[[str], t
 
 
 def _steps(region: RegionPlan, resolve: Callable[[str], torch._ops.OpOverload | None]) -> Iterator[Given]:
+    names = Names(region)
     for phase, steps in (("prepare", region.prepare), ("step", region.steps)):
         for at, step in enumerate(steps):
             op = resolve(step.op)
@@ -88,7 +89,7 @@ def _steps(region: RegionPlan, resolve: Callable[[str], torch._ops.OpOverload | 
             positional = [a.name for a in schema if not a.kwarg_only]
             arguments = {a.name: a.default_value for a in schema if a.has_default_value()}
             arguments |= dict(zip(positional, step.args, strict=False)) | step.kwargs
-            yield Given(f"{phase} {at} ({step.op}, {step.source})", step, op, arguments)
+            yield Given(names.place(phase, at, step), step, op, arguments)
 
 
 def _name(slot: int, region: RegionPlan, named: dict[int, str]) -> str:

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from atomc.artifact.expr import evaluate
+from atomc.artifact.names import Names
 from atomc.artifact.plan import Arg, CallPlan, DType, ProgramPlan, RegionPlan, Size, Slot, Step
 from atomc.runtime.bind import Environment, Sizes
 from atomc.runtime.watch import MemoryWatch
 from atomc.verify.errors import VerifyError
 from atomc.verify.judge import Verdict, worst
-from atomc.verify.names import Names
 from atomc.verify.steps import Observation, copies_of_written, examine, named_arguments
 
 
@@ -26,7 +26,8 @@ class StepReport:
 
     Attributes:
         at: its number among the region's steps, or among those that run once, `phase` says which.
-        prefix: of the call where the worst was found. tensor: what it is about, by name.
+        prefix: of the call where the worst was found. tensor: what it is about, by name. reads: the weights and the
+            state that the step reads there, by name.
     """
 
     region: str
@@ -37,6 +38,7 @@ class StepReport:
     runs: int
     prefix: str
     tensor: str
+    reads: tuple[str, ...]
     worst: Verdict
 
     @property
@@ -45,7 +47,8 @@ class StepReport:
 
     def message(self) -> str:
         """The broken bound in words."""
-        where = f"{self.phase} {self.at} of {self.region} ({self.op.removesuffix('.default')}, {self.source})"
+        reads = f", reads {', '.join(self.reads)}" if self.reads else ""
+        where = f"{self.phase} {self.at} of {self.region} ({self.op.removesuffix('.default')}, {self.source}{reads})"
         v = self.worst
         if v.why:
             return f"{where}: {self.tensor}: {v.what} {v.why}."
@@ -136,8 +139,9 @@ class StepWatch:
         reserved = frozenset(name for name in written if prefix + states.get(name, "") in self._reserved)
         seen = Observation(step.op, now | self._before, results, written, reserved)
         verdict = worst(examine(seen) or [Verdict("nothing", 0.0, 0.0, 0.0)])
-        subject = self._names[region.name].subject(step, prefix, states.get(verdict.what))
-        report = StepReport(region.name, phase, at, step.op, step.source, 1, prefix, subject, verdict)
+        names = self._names[region.name]
+        subject, reads = names.subject(step, prefix, states.get(verdict.what)), [prefix + n for n in names.reads(step)]
+        report = StepReport(region.name, phase, at, step.op, step.source, 1, prefix, subject, tuple(reads), verdict)
         self._keep(report, region, step, seen)
         self.judging = False
         self._seen()

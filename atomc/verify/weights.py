@@ -20,6 +20,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from atomc.artifact.names import expanded
 from atomc.artifact.plan import RegionPlan, Slot
 from atomc.models.bundled import bundled_names, bundled_path
 from atomc.models.deepseek_v4.layers import inverse_frequencies
@@ -29,7 +30,6 @@ from atomc.report import read_layouts
 from atomc.runtime.loader import LoadedArtifact
 from atomc.verify import grid
 from atomc.verify.errors import VerifyError
-from atomc.verify.names import expanded
 from atomc.verify.steps import named_arguments
 
 EXPERTS: Final = {"ffn.experts.w13": ("w1", "w3"), "ffn.experts.w2": ("w2",)}
