@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -100,26 +99,22 @@ class StepWatch:
         self.memory = MemoryWatch()
         self.judging = False
         self._only, self._seen = only, seen
-        self._calls = itertools.cycle(program.calls)
-        self._call: CallPlan = program.calls[0]
         self._names = {name: Names(region) for name, region in regions.items()}
         pools = {prefix + t.name: t.pool for prefix, ts in program.states.items() for t in ts}
         self._reserved = {name for name, pool in pools.items() if pool != "slots"}
         self._before: dict[str, Tensor] = {}
 
-    def before(self, region: RegionPlan, at: int, env: Environment, sizes: Sizes) -> None:
+    def before(self, call: CallPlan, region: RegionPlan, at: int, env: Environment, sizes: Sizes) -> None:
         """Keep what step `at` is going to change."""
-        if at == 0:
-            self._call = next(self._calls)
         if self._watched(region):
             step = region.steps[at]
             self._before = copies_of_written(step.op, self._arguments(step, env, sizes))
 
-    def after(self, region: RegionPlan, at: int, env: Environment, sizes: Sizes) -> None:
+    def after(self, call: CallPlan, region: RegionPlan, at: int, env: Environment, sizes: Sizes) -> None:
         """Judge step `at`."""
-        self.memory.after(region, at, env, sizes)
+        self.memory.after(call, region, at, env, sizes)
         if self._watched(region):
-            self.judge(region, "step", at, region.steps[at], self._call.prefix, env, sizes)
+            self.judge(region, "step", at, region.steps[at], call.prefix, env, sizes)
 
     def prepared(self, call: CallPlan, region: RegionPlan, env: Environment) -> None:
         """Judge the steps that have run once, when the artifact was loaded."""
