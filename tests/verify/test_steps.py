@@ -14,21 +14,24 @@ from atomc.ops import OPS, cpu
 from atomc.verify import Verdict, examine, observe
 from tests.verify.cases import CASES, EPS, arguments
 
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 RESERVED = frozenset({"cache", "window"})
 
 
-def judged(case: str) -> list[Verdict]:
-    op, given = arguments(case)
+def judged(case: str, dtype: torch.dtype = torch.float32) -> list[Verdict]:
+    op, given = arguments(case, dtype)
     return examine(observe(op, given, RESERVED))
 
 
+@DTYPES
 @pytest.mark.parametrize("case", CASES)
-def test_every_operator_keeps_its_bounds(case: str) -> None:
+def test_every_operator_keeps_its_bounds(case: str, dtype: torch.dtype) -> None:
     for seed in range(3):
         torch.manual_seed(seed)
-        for verdict in judged(case):
+        for verdict in judged(case, dtype):
             assert verdict.ok, verdict
-            assert verdict.use < 0.75 or "dequantize" in case, verdict  # one rounding may take all of its half unit
+            # One rounding, to 16 bits or of a scale, may take all of its half unit.
+            assert verdict.use < 0.75 or dtype != torch.float32 or "dequantize" in case, verdict
 
 
 @pytest.mark.parametrize("case", ["dequantize", "dequantize fp4", "quantize", "quantize fp4", "pack_rows", "update"])
@@ -37,11 +40,37 @@ def test_formats_and_copies_are_exact(case: str) -> None:
         assert (verdict.error, verdict.bound) == (0, 0), verdict
 
 
-@pytest.mark.parametrize("case", ["rms_norm", "rope", "experts", "attention", "hc_post_pre_norm"])
-def test_bounds_are_not_loose(case: str) -> None:
-    """Of a float32 step at most some hundred units, so that a wrong constant in the fifth digit shows."""
-    for verdict in judged(case):
-        assert 0 < verdict.bound < 2e-4, verdict
+# Most times the worst error seen that a bound may be, as norms. In float32 a bound holds for sums in any order, √K of
+# what rounding each input moves; torch sums in blocks, which is closer. Three long sums after one another are furthest.
+LOOSEST = {torch.float32: 1000.0, torch.bfloat16: 30.0}
+LOOSER = {("hc_post_pre_norm", torch.float32): 2500.0, ("hc_post_pre_norm_quant", torch.float32): 2500.0}
+# Where no error need be seen (a choice; numbers in a layout, and what follows from them), most of the result that may
+# differ: what is undecided between two codes. In bfloat16 that is one number in four; FP4's codes are far apart.
+UNDECIDED = {torch.float32: 0.03, torch.bfloat16: 0.1}
+MORE_UNDECIDED = {
+    ("index packed", torch.float32): 0.05, ("index packed", torch.bfloat16): 1.0,
+    ("compressor index", torch.bfloat16): 0.25, ("experts packed", torch.bfloat16): 0.35,
+}  # fmt: skip
+IN_A_LAYOUT = frozenset(("packed", "quant", "index"))
+
+
+@DTYPES
+@pytest.mark.parametrize("case", CASES)
+def test_bounds_are_not_loose(case: str, dtype: torch.dtype) -> None:
+    """Of fresh random arguments: each bound against the worst error seen of that result."""
+    errors: dict[str, float] = {}
+    widest: dict[str, float] = {}
+    for _ in range(8):
+        for v in judged(case, dtype):
+            errors[v.what] = max(v.error, errors.get(v.what, 0.0))
+            widest[v.what] = max(v.bound, widest.get(v.what, 0.0))
+    for what, bound in widest.items():
+        if CASES[case][0].startswith("route") and what == "out 1":
+            assert bound <= 1e-5, (what, bound)  # scores in float32, whatever the model is in
+        elif any(part in case for part in IN_A_LAYOUT) and not (errors[what] and bound < 1e-3):
+            assert bound <= MORE_UNDECIDED.get((case, dtype), UNDECIDED[dtype]), (what, bound)
+        else:
+            assert bound <= LOOSER.get((case, dtype), LOOSEST[dtype]) * errors[what], (what, bound, errors[what])
 
 
 # -- mistakes ----------------------------------------------------------------------------------------------------------
@@ -76,8 +105,9 @@ def after(name: str, change: Callable[[Tensor], Tensor]) -> Reference:
 
 
 def nudged(x: Tensor) -> Tensor:
+    """By a thousandth; of a 16-bit float by four spacings, as a thousandth is less than one."""
     x = x.clone()
-    x.view(-1)[x.numel() // 2] *= 1 + 1e-3
+    x.view(-1)[x.numel() // 2] *= 1 + max(1e-3, 4 * torch.finfo(x.dtype).eps)
     return x
 
 
@@ -146,6 +176,7 @@ MISTAKES: list[tuple[str, str, Callable[[str], Reference]]] = [
     ("wrong clamp, packed", "experts packed", lambda n: wrong(n, limit=1.6)),
     ("gate and up swapped", "experts packed", lambda n: wrong(n, w13=lambda w: w.roll(128, 1))),
     ("experts not rounded inside", "experts packed", lambda n: wrong(n, inner_layout="e4m3:1x*:float32")),
+    ("experts rounded to FP4 inside", "experts packed", lambda n: wrong(n, inner_layout="e2m1:1x32:e8m0")),
     ("swiglu without its clamp", "swiglu_quant", lambda n: wrong(n, limit=100.0)),
     ("one code off by one", "swiglu_quant", lambda n: after(n, shifted)),
     ("one code off by one, quantise", "quantize", lambda n: after(n, shifted)),
@@ -156,19 +187,30 @@ MISTAKES: list[tuple[str, str, Callable[[str], Reference]]] = [
 ]
 
 
-@pytest.mark.parametrize(("case", "make"), [m[1:] for m in MISTAKES], ids=[m[0] for m in MISTAKES])
+# In bfloat16 one in four of the values inside is undecided between two codes: other scales move no more than those.
+ONLY_IN_FLOAT32 = "experts not rounded inside"
+SEEDED = [
+    pytest.param(case, make, dtype, id=f"{what}, {str(dtype).removeprefix('torch.')}")
+    for what, case, make in MISTAKES
+    for dtype in (torch.float32, torch.bfloat16)
+    if what != ONLY_IN_FLOAT32 or dtype == torch.float32
+]
+
+
+@pytest.mark.parametrize(("case", "make", "dtype"), SEEDED)
 def test_every_mistake_breaks_a_bound(
-    case: str, make: Callable[[str], Reference], monkeypatch: pytest.MonkeyPatch
+    case: str, make: Callable[[str], Reference], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = CASES[case][0]
-    assert all(v.ok for v in judged(case))
+    assert all(v.ok for v in judged(case, dtype))
     monkeypatch.setitem(OPS, name, dataclasses.replace(OPS[name], cpu=positional(name, make(name))))
-    assert any(not v.ok for v in judged(case))
+    assert any(not v.ok for v in judged(case, dtype))
 
 
 def test_there_are_as_many_mistakes_as_there_should_be() -> None:
-    assert len(MISTAKES) == 40
-    assert len({m[0] for m in MISTAKES}) == 40
+    assert len(MISTAKES) == 41
+    assert len({m[0] for m in MISTAKES}) == 41
+    assert len(SEEDED) == 81
 
 
 @pytest.mark.parametrize("op", ["aten.linear.default", "aten.mul.Tensor", "aten.cos.default", "aten.embedding.default"])
