@@ -60,7 +60,7 @@ class Given:
 def check_layouts(problems: Adds, region: RegionPlan, resolve: Callable[[str], torch._ops.OpOverload | None]) -> None:
     """Add what is wrong with the layouts of a region whose steps are right in themselves; `resolve` finds operators."""
     named = {item.slot: item.name for item in region.inputs}
-    steps = list(_steps(region, resolve))
+    steps = list(given_steps(region, resolve))
     producers = {slot: given for given in steps for slot in given.step.outputs if slot is not None}
     for given in steps:
         for problem in (*_texts(given), *_pairs(given, region, named), *_caches(given, region, named)):
@@ -73,13 +73,14 @@ def check_layouts(problems: Adds, region: RegionPlan, resolve: Callable[[str], t
 
 def check_results(problems: Adds, region: RegionPlan, resolve: Callable[[str], torch._ops.OpOverload | None]) -> None:
     """Add what is wrong with the results of steps that have a layout: dtypes and shapes that the operator gives."""
-    for given in _steps(region, resolve):
+    for given in given_steps(region, resolve):
         if any(isinstance(v, str) and v for v in given.arguments.values()):
             for problem in _results(given, region):
                 problems.add(given.where, problem)
 
 
-def _steps(region: RegionPlan, resolve: Callable[[str], torch._ops.OpOverload | None]) -> Iterator[Given]:
+def given_steps(region: RegionPlan, resolve: Callable[[str], torch._ops.OpOverload | None]) -> Iterator[Given]:
+    """The steps of a region, those that run once first, with their arguments by name; `resolve` finds operators."""
     names = Names(region)
     for phase, steps in (("prepare", region.prepare), ("step", region.steps)):
         for at, step in enumerate(steps):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from atomc.artifact.check_region import operator_of
 from atomc.ops import OPS
-from atomc.ops.registry import NAMESPACE
+from atomc.ops.registry import NAMESPACE, written_by
 from atomc.runtime.bind import resolve
 from atomc.verify import bounds, grid, judge
 from atomc.verify.errors import VerifyError
@@ -80,7 +80,7 @@ def mutates(op: str) -> tuple[str, ...]:
     """Names of the arguments that an operator writes."""
     overload = operator_of(op)
     assert overload is not None
-    return tuple(a.name for a in overload._schema.arguments if a.alias_info is not None and a.alias_info.is_write)
+    return written_by(overload)
 
 
 def copies_of_written(op: str, arguments: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -6,13 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from atomc.artifact.expr import evaluate
 from atomc.artifact.names import Names
-from atomc.artifact.plan import Arg, CallPlan, DType, ProgramPlan, RegionPlan, Size, Slot, Step
-from atomc.runtime.bind import Environment, Sizes
+from atomc.artifact.plan import CallPlan, ProgramPlan, RegionPlan, Slot, Step
+from atomc.runtime.bind import Environment, Sizes, value_of
 from atomc.runtime.watch import MemoryWatch
 from atomc.verify.errors import VerifyError
 from atomc.verify.judge import Verdict, worst
@@ -67,20 +65,6 @@ class Failure:
     report: StepReport
     seen: Observation
     tokens: frozenset[str]  # arguments that may be cut along dim 0: neither weights nor state
-
-
-def value_of(arg: Arg, env: Environment, sizes: Sizes) -> Any:
-    """An argument of a step as a value."""
-    match arg:
-        case Slot(id=slot):
-            return env[slot]
-        case Size(expr=text):
-            return evaluate(text, sizes)
-        case DType(name=name):
-            return getattr(torch, name)
-        case list():
-            return [value_of(a, env, sizes) for a in arg]
-    return arg
 
 
 class StepWatch:

@@ -21,8 +21,10 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from atomc.artifact.check_layouts import given_steps, pairs_of
+from atomc.artifact.check_region import operator_of
 from atomc.artifact.names import expanded
-from atomc.artifact.plan import RegionPlan, Slot
+from atomc.artifact.plan import RegionPlan
 from atomc.models.bundled import bundled_names, bundled_path
 from atomc.models.deepseek_v4.layers import inverse_frequencies
 from atomc.models.deepseek_v4.weights import official_parameter
@@ -31,7 +33,6 @@ from atomc.report import read_layouts
 from atomc.runtime.loader import LoadedArtifact
 from atomc.verify import grid
 from atomc.verify.errors import VerifyError
-from atomc.verify.steps import named_arguments
 
 EXPERTS: Final = {"ffn.experts.w13": ("w1", "w3"), "ffn.experts.w2": ("w2",)}
 # Of the rule's scale, those that `--scales mse` chooses from: where scales are powers of two, and where they are not.
@@ -153,18 +154,12 @@ def _pairs(region: RegionPlan) -> dict[str, tuple[str, str]]:
     """Weight -> its scales and their layout's text, by the step that multiplies it or expands it."""
     weights = {i.slot: i.name for i in region.inputs if i.role == "weight"}
     found: dict[str, tuple[str, str]] = {}
-    for step in (*region.prepare, *region.steps):
-        given = named_arguments(step.op, step.args, step.kwargs)
-        for codes, scales, layout in PAIRS:
-            if all(isinstance(given.get(a), Slot) for a in (codes, scales)) and given[codes].id in weights:
-                found[weights[given[codes].id]] = weights.get(given[scales].id, "?"), given[layout]
+    for given in given_steps(region, operator_of):
+        for codes_name, scales_name, layout in pairs_of(given):
+            codes, scales = given.slot(codes_name), given.slot(scales_name)
+            if codes in weights and scales is not None:
+                found[weights[codes]] = weights.get(scales, "?"), given.arguments[layout]
     return found
-
-
-PAIRS: Final = (
-    ("codes", "scales", "layout"), ("weight", "weight_scales", "weight_layout"), ("w13", "w13_scales", "w13_layout"),
-    ("w2", "w2_scales", "w2_layout"),
-)  # fmt: skip
 
 
 def _plain(name: str, layout: str, origin: str, stored: Tensor, expected: Tensor) -> WeightReport:
