@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from atomc.artifact.plan import CallPlan, ProgramPlan, RegionPlan, Slot, Step
+from atomc.artifact.plan import CallPlan, RegionPlan, Slot, Step
 from atomc.artifact.store import read_manifest
 from atomc.calibration import CalibrationError
 from atomc.models.deepseek_v4.weights import official_parameter
@@ -53,22 +53,19 @@ class Sums:
 class InputWatch:
     """Sees the input of every product of a run."""
 
-    def __init__(self, program: ProgramPlan, sums: Sums) -> None:
-        self.program, self.sums = program, sums
-        self.at = -1  # of the call that runs
+    def __init__(self, sums: Sums) -> None:
+        self.sums = sums
 
-    def before(self, region: RegionPlan, at: int, env: Environment, sizes: Sizes) -> None:
+    def before(self, call: CallPlan, region: RegionPlan, at: int, env: Environment, sizes: Sizes) -> None:
         """Add what the step is about to multiply."""
-        if at == 0:
-            self.at = (self.at + 1) % len(self.program.calls)
-        step, call = region.steps[at], self.program.calls[self.at]
+        step = region.steps[at]
         if step.op in ("aten.linear.default", "aten.bmm.default"):
             for name in _weights(step, region, call, 1):
                 self.sums.add(name, cast(Tensor, env[cast(Slot, step.args[0]).id]))
         elif step.op == "atom.moe_experts.default":
             self._experts(call, [env[a.id] if isinstance(a, Slot) else a for a in step.args])
 
-    def after(self, region: RegionPlan, at: int, env: Environment, sizes: Sizes) -> None:
+    def after(self, call: CallPlan, region: RegionPlan, at: int, env: Environment, sizes: Sizes) -> None:
         """Nothing is looked at after a step."""
 
     def _experts(self, call: CallPlan, args: list[Any]) -> None:
@@ -105,9 +102,7 @@ class _Watched:
         return self._executor.step(batch, self._watch)
 
 
-def calibrate(
-    executor: Executor, program: ProgramPlan, documents: Iterable[str], progress: Progress = lambda *_: None
-) -> dict[str, Tensor]:
+def calibrate(executor: Executor, documents: Iterable[str], progress: Progress = lambda *_: None) -> dict[str, Tensor]:
     """Run the documents and return the mean squares of every product's input, by the weight's official name.
 
     Raises:
@@ -120,5 +115,5 @@ def calibrate(
             "an artifact that is compiled with --scheme none."
         )
     sums = Sums()
-    evaluate(cast(Executor, _Watched(executor, InputWatch(program, sums))), documents, progress=progress)
+    evaluate(cast(Executor, _Watched(executor, InputWatch(sums))), documents, progress=progress)
     return sums.means()

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atomc.artifact.plan import RegionPlan
+from atomc.artifact.plan import CallPlan, RegionPlan
 from atomc.ops import Batch
 from atomc.runtime.batch import build_batch
 from atomc.runtime.bind import Environment, Sizes
@@ -37,10 +37,10 @@ class Taps:
         self.streams: list[Tensor] = []
         self.picks: list[Tensor] = []
 
-    def before(self, region: RegionPlan, at: int, env: Environment, sizes: Sizes) -> None:
+    def before(self, call: CallPlan, region: RegionPlan, at: int, env: Environment, sizes: Sizes) -> None:
         """Nothing of interest is there yet."""
 
-    def after(self, region: RegionPlan, at: int, env: Environment, _sizes: Sizes) -> None:
+    def after(self, call: CallPlan, region: RegionPlan, at: int, env: Environment, _sizes: Sizes) -> None:
         """Keep what step `at` made, if it is one of the two."""
         step = region.steps[at]
         name, made = step.op.split(".")[1], next(iter(step.outputs), None)

@@ -7,13 +7,12 @@ Terms:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import msgspec
 
 from atomc.artifact.buffers import Buffer
-from atomc.artifact.plan import Arg, RegionInput, RegionPlan, Role, Slot, SlotInfo, Step
+from atomc.artifact.plan import RegionInput, RegionPlan, Role, SlotInfo, Step, slots_of
 from atomc.codegen.memory import place
 
 
@@ -85,16 +84,3 @@ def _last_uses(values: list[Value], steps: list[Step], first: list[int]) -> dict
         for slot in slots_of(step):
             last[values[slot].owner] = max(last[values[slot].owner], at)
     return last
-
-
-def slots_of(step: Step) -> list[int]:
-    """Slots a step takes as arguments, in order, with repetitions."""
-    return list(_slots(step.args)) + list(_slots(step.kwargs))
-
-
-def _slots(args: Iterable[Arg] | Mapping[str, Arg]) -> Iterable[int]:
-    for arg in args.values() if isinstance(args, Mapping) else args:
-        if isinstance(arg, Slot):
-            yield arg.id
-        elif isinstance(arg, list):
-            yield from _slots(arg)

@@ -74,6 +74,11 @@ def resolve(op: str) -> Callable[..., Any]:
     return getattr(function, "_op", function)
 
 
+def value_of(arg: Arg, env: Environment, sizes: Sizes) -> Any:
+    """An argument of a step as a value, for who looks at a step that is not bound."""
+    return _getter(arg)(env, sizes)
+
+
 def _gatherer(places: list[int]) -> Callable[[Environment], tuple[Any, ...]]:
     if len(places) >= 2:
         return itemgetter(*places)

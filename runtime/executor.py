@@ -21,11 +21,11 @@ from atomc.runtime.loader import LoadedArtifact, load
 class Watch(Protocol):
     """Sees every step of a run, twice: before it writes anything; with its results, before anything is released."""
 
-    def before(self, region: RegionPlan, at: int, env: Environment, sizes: Sizes) -> None:
-        """Step `at` of `region` will run next."""
+    def before(self, call: CallPlan, region: RegionPlan, at: int, env: Environment, sizes: Sizes) -> None:
+        """Step `at` of `region` will run next, for `call`."""
 
-    def after(self, region: RegionPlan, at: int, env: Environment, sizes: Sizes) -> None:
-        """Step `at` of `region` has run."""
+    def after(self, call: CallPlan, region: RegionPlan, at: int, env: Environment, sizes: Sizes) -> None:
+        """Step `at` of `region` has run, for `call`."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class BoundCall:
     def __init__(
         self, call: CallPlan, plan: RegionPlan, weights: Mapping[str, Tensor], states: Mapping[str, Tensor]
     ) -> None:
-        self.plan = plan
+        self.call, self.plan = call, plan
         self.fixed: Environment = [None] * len(plan.slots)
         self.fields: list[tuple[int, str]] = []  # slot, field of the batch
         self.values: list[tuple[int, str]] = []  # slot, value of the program
@@ -110,9 +110,9 @@ class BoundCall:
             values[name] = env[slot]
 
     def _run_watched(self, at: int, env: Environment, sizes: Sizes, watch: Watch) -> None:
-        watch.before(self.plan, at, env, sizes)
+        watch.before(self.call, self.plan, at, env, sizes)
         self.steps[at].run(env, sizes)
-        watch.after(self.plan, at, env, sizes)
+        watch.after(self.call, self.plan, at, env, sizes)
 
 
 class Executor:

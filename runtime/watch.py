@@ -9,7 +9,7 @@ import torch
 
 from atomc.artifact.buffers import slot_bytes
 from atomc.artifact.expr import evaluate
-from atomc.artifact.plan import RegionPlan, SlotInfo
+from atomc.artifact.plan import CallPlan, RegionPlan, SlotInfo
 from atomc.errors import AtomcError
 from atomc.runtime.bind import Environment, Sizes
 
@@ -29,10 +29,10 @@ class MemoryWatch:
         self.peaks: dict[str, int] = {}
         self.steps = 0
 
-    def before(self, region: RegionPlan, at: int, env: Environment, sizes: Sizes) -> None:
+    def before(self, call: CallPlan, region: RegionPlan, at: int, env: Environment, sizes: Sizes) -> None:
         """Nothing is looked at before a step."""
 
-    def after(self, region: RegionPlan, at: int, env: Environment, sizes: Sizes) -> None:
+    def after(self, call: CallPlan, region: RegionPlan, at: int, env: Environment, sizes: Sizes) -> None:
         """Check step `at` before its releases.
 
         Raises:

@@ -19,7 +19,6 @@ from atomc.models.deepseek_v4.weights import load_parameters
 from atomc.recipes import Load, Quantize
 from atomc.runtime.capacity import open_executor
 from atomc.runtime.detokenize import Vocabulary
-from atomc.runtime.loader import read_plan
 from tests.support.artifact import ONE_LAYER
 from tests.support.eager import chunks, run
 from tests.support.tiny import random_checkpoint, tiny_config
@@ -30,7 +29,7 @@ TEXT = "def load(path):\n    return open(path).read()\n" * 3
 @pytest.fixture(scope="module")
 def means(artifact: Path) -> dict[str, torch.Tensor]:
     executor, _ = open_executor(artifact)
-    return calibrate(executor, read_plan(artifact)[0], [TEXT, TEXT[5:90]])
+    return calibrate(executor, [TEXT, TEXT[5:90]])
 
 
 @pytest.mark.slow
@@ -117,4 +116,4 @@ def test_a_calibration_without_use_is_refused(
 def test_a_quantised_artifact_is_refused(native_artifact: Path) -> None:
     executor, _ = open_executor(native_artifact)
     with pytest.raises(CalibrationError, match="has the scheme native: what enters its products is rounded"):
-        calibrate(executor, read_plan(native_artifact)[0], [TEXT])
+        calibrate(executor, [TEXT])

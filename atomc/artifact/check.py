@@ -15,9 +15,9 @@ from typing import Final
 from torch import Tensor
 
 from atomc.artifact.buffers import lower_bound, value_buffers
-from atomc.artifact.check_region import PROBES, Problems, check_region, sizes
+from atomc.artifact.check_region import Problems, check_region, sizes
 from atomc.artifact.manifest import Manifest, Serving
-from atomc.artifact.plan import DTYPE_BYTES, ProgramPlan, RegionPlan, SlotInfo
+from atomc.artifact.plan import DTYPE_BYTES, PROBES, ProgramPlan, RegionPlan, SlotInfo
 
 PROGRAM: Final = "plan/program.json"
 RESULT: Final = "logits"

@@ -21,7 +21,8 @@ from typing import Any, Final, Protocol
 import torch
 
 from atomc.artifact.expr import evaluate
-from atomc.artifact.plan import SYMBOLS, DType, RegionPlan, Size, Slot, SlotInfo, Step
+from atomc.artifact.names import Names
+from atomc.artifact.plan import PROBES, DType, RegionPlan, Size, Slot, SlotInfo, Step
 from atomc.formats import Layout, RowLayout
 
 CACHES: Final = ("cache", "window")
@@ -32,8 +33,7 @@ WRITERS: Final = {  # operators that store rows -> the argument that they store
     "atom.cache_insert.default": "x", "atom.compressed_insert.default": "x",
 }  # fmt: skip
 _THROUGH: Final = ("atom.dequantize.default", "atom.quantize.default", "atom.pack_rows.default")
-# Sizes that no layout's block divides by accident, and none that is equal to another.
-PROBE: Final = dict(zip(SYMBOLS, (11, 3, 5, 7, 2, 13, 17, 19), strict=True))
+PROBE: Final = PROBES[0]
 
 
 class Adds(Protocol):
@@ -60,7 +60,7 @@ class Given:
 def check_layouts(problems: Adds, region: RegionPlan, resolve: Callable[[str], torch._ops.OpOverload | None]) -> None:
     """Add what is wrong with the layouts of a region whose steps are right in themselves; `resolve` finds operators."""
     named = {item.slot: item.name for item in region.inputs}
-    steps = list(_steps(region, resolve))
+    steps = list(given_steps(region, resolve))
     producers = {slot: given for given in steps for slot in given.step.outputs if slot is not None}
     for given in steps:
         for problem in (*_texts(given), *_pairs(given, region, named), *_caches(given, region, named)):
@@ -73,13 +73,15 @@ def check_layouts(problems: Adds, region: RegionPlan, resolve: Callable[[str], t
 
 def check_results(problems: Adds, region: RegionPlan, resolve: Callable[[str], torch._ops.OpOverload | None]) -> None:
     """Add what is wrong with the results of steps that have a layout: dtypes and shapes that the operator gives."""
-    for given in _steps(region, resolve):
+    for given in given_steps(region, resolve):
         if any(isinstance(v, str) and v for v in given.arguments.values()):
             for problem in _results(given, region):
                 problems.add(given.where, problem)
 
 
-def _steps(region: RegionPlan, resolve: Callable[[str], torch._ops.OpOverload | None]) -> Iterator[Given]:
+def given_steps(region: RegionPlan, resolve: Callable[[str], torch._ops.OpOverload | None]) -> Iterator[Given]:
+    """The steps of a region, those that run once first, with their arguments by name; `resolve` finds operators."""
+    names = Names(region)
     for phase, steps in (("prepare", region.prepare), ("step", region.steps)):
         for at, step in enumerate(steps):
             op = resolve(step.op)
@@ -88,7 +90,7 @@ def _steps(region: RegionPlan, resolve: Callable[[str], torch._ops.OpOverload | 
             positional = [a.name for a in schema if not a.kwarg_only]
             arguments = {a.name: a.default_value for a in schema if a.has_default_value()}
             arguments |= dict(zip(positional, step.args, strict=False)) | step.kwargs
-            yield Given(f"{phase} {at} ({step.op}, {step.source})", step, op, arguments)
+            yield Given(names.place(phase, at, step), step, op, arguments)
 
 
 def _name(slot: int, region: RegionPlan, named: dict[int, str]) -> str:

@@ -11,14 +11,23 @@ import atomc.ops  # noqa: F401  defines torch.ops.atom
 from atomc.artifact.buffers import aligned, slot_bytes
 from atomc.artifact.check_layouts import check_layouts, check_results
 from atomc.artifact.expr import ExpressionError, evaluate, parse
-from atomc.artifact.plan import ALIGNMENT, DTYPE_BYTES, SYMBOLS, Arg, DType, RegionPlan, Size, Slot, SlotInfo, Step
+from atomc.artifact.names import Names
+from atomc.artifact.plan import (
+    ALIGNMENT,
+    DTYPE_BYTES,
+    PROBES,
+    Arg,
+    DType,
+    RegionPlan,
+    Size,
+    Slot,
+    SlotInfo,
+    Step,
+    slots_in,
+    slots_of,
+)  # fmt: skip
 from atomc.artifact.store import ArtifactError
 
-# Two sets of sizes: shapes that agree on both agree.
-PROBES: Final = (
-    dict(zip(SYMBOLS, (11, 3, 5, 7, 2, 13, 17, 19), strict=True)),
-    dict(zip(SYMBOLS, (101, 29, 31, 37, 41, 43, 47, 53), strict=True)),
-)
 NAMESPACES: Final = ("aten", "atom")
 # Operators that return a view where they can and a copy where they must.
 MAY_COPY: Final = frozenset({"aten::reshape", "aten::contiguous", "aten::to", "aten::flatten"})
@@ -133,9 +142,10 @@ def _inputs(problems: Problems, region: RegionPlan, batch: Mapping[str, list[int
 def _steps(problems: Problems, region: RegionPlan, batch: object, bounds: Mapping[str, int]) -> None:
     inputs = {item.slot for item in region.inputs}
     taken = set(inputs)  # released ones too: a slot has one value in its life
-    defined = inputs | _prepared(problems, region, taken, set(bounds))
+    names = Names(region)
+    defined = inputs | _prepared(problems, region, names, taken, set(bounds))
     for at, step in enumerate(region.steps):
-        where = f"step {at} ({step.op}, {step.source})"
+        where = names.place("step", at, step)
         op = operator_of(step.op)
         if op is None:
             problems.add(where, "no such operator in aten or atom")
@@ -152,12 +162,12 @@ def _steps(problems: Problems, region: RegionPlan, batch: object, bounds: Mappin
             problems.add(f"output {name!r}", f"slot {slot} ({region.slots[slot].name}) is not there at the end")
 
 
-def _prepared(problems: Problems, region: RegionPlan, taken: set[int], symbols: set[str]) -> set[int]:
+def _prepared(problems: Problems, region: RegionPlan, names: Names, taken: set[int], symbols: set[str]) -> set[int]:
     """Check the steps that run once: they read weights and one another, and make slots of role `prepared`."""
     defined = {item.slot for item in region.inputs if item.role == "weight"}
     made: set[int] = set()
     for at, step in enumerate(region.prepare):
-        where = f"prepare {at} ({step.op}, {step.source})"
+        where = names.place("prepare", at, step)
         op = operator_of(step.op)
         if op is None:
             problems.add(where, "no such operator in aten or atom")
@@ -197,7 +207,7 @@ def _call(
         if problem := _misfit(arg, str(argument.real_type), symbols):
             yield f"argument {argument.name!r} {problem}"
             continue
-        for slot in _slots_in(arg):
+        for slot in slots_in(arg):
             if not 0 <= slot < len(region.slots) or slot not in defined:
                 yield f"argument {argument.name!r} is slot {slot}, which is not there yet or no more"
             elif argument.alias_info is not None and argument.alias_info.is_write:
@@ -215,8 +225,7 @@ def _results(step: Step, op: torch._ops.OpOverload, region: RegionPlan, taken: s
         return
     if len(set(step.outputs) - {None}) != len([s for s in step.outputs if s is not None]):
         yield "one slot takes two results"
-    read = [s for arg in (*step.args, *step.kwargs.values()) for s in _slots_in(arg)]
-    owners = {_owner(s, region) for s in read if 0 <= s < len(region.slots)}
+    owners = {_owner(s, region) for s in slots_of(step) if 0 <= s < len(region.slots)}
     for index, slot in enumerate(step.outputs):
         if slot is None:
             continue
@@ -275,14 +284,6 @@ def _misfit(arg: Arg, kind: str, symbols: set[str]) -> str | None:
     return None if fits.get(kind, False) else f"is {arg!r}, not {kind}"
 
 
-def _slots_in(arg: Arg | Iterable[Arg]) -> Iterable[int]:
-    if isinstance(arg, Slot):
-        yield arg.id
-    elif isinstance(arg, list):
-        for part in arg:
-            yield from _slots_in(part)
-
-
 def _lifetimes(problems: Problems, region: RegionPlan, batch: object, bounds: object) -> None:
     """`first`, `last` and the releases are those that the steps imply."""
     slots = region.slots
@@ -295,9 +296,7 @@ def _lifetimes(problems: Problems, region: RegionPlan, batch: object, bounds: ob
         made = [s for s in step.outputs if s is not None]
         for slot in made:
             first[slot] = at
-        for arg in (*step.args, *step.kwargs.values()):
-            made += _slots_in(arg)
-        for slot in made:
+        for slot in (*made, *slots_of(step)):
             last[owner[slot]] = at
     for slot in region.outputs.values():
         last[owner[slot]] = len(region.steps)

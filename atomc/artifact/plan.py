@@ -5,12 +5,18 @@ Sizes are integer expressions of the artifact's symbols (`4*T`, `T//4 + B`), see
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Final, Literal, TypeAlias
 
 import msgspec
 
 # T tokens, B requests, N4 / NH completed CSA / HCA windows, L wanted logits; sizes of the pools of state.
 SYMBOLS: Final = ("T", "B", "N4", "NH", "L", "window_pages", "blocks", "slots")
+# Two sets of sizes that no layout's block divides by accident; shapes that agree on both agree.
+PROBES: Final = (
+    dict(zip(SYMBOLS, (11, 3, 5, 7, 2, 13, 17, 19), strict=True)),
+    dict(zip(SYMBOLS, (101, 29, 31, 37, 41, 43, 47, 53), strict=True)),
+)
 DTYPE_BYTES: Final = {
     "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e4m3fnuz": 1, "float8_e5m2": 1,
     "float8_e5m2fnuz": 1, "float8_e8m0fnu": 1,
@@ -137,3 +143,15 @@ class ProgramPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     states: dict[str, list[StateTensor]]
     values_bytes: int
     arena_bytes: int
+
+
+def slots_in(arg: Arg) -> Iterator[int]:
+    """Slots of an argument, in order."""
+    for part in arg if isinstance(arg, list) else [arg]:
+        if isinstance(part, Slot):
+            yield part.id
+
+
+def slots_of(step: Step) -> list[int]:
+    """Slots that a step takes as arguments, to read or to write: in order, with repetitions."""
+    return [slot for arg in (*step.args, *step.kwargs.values()) for slot in slots_in(arg)]

@@ -31,13 +31,12 @@ def calibrate_command(
     from atomc.cli.console import emit_json, facts, stages, stdout
     from atomc.cli.paths import check_file
     from atomc.cli.texts import pieces, read_documents
-    from atomc.runtime.loader import read_plan
 
     check_file(output, "--output")
     documents = list(itertools.islice(pieces(read_documents(text), length), samples))
     executor, _ = open_engine(artifact, memory=memory)
     with stages() as progress:
-        means = calibrate(executor, read_plan(artifact)[0], documents, partial(progress, "tokens"))
+        means = calibrate(executor, documents, partial(progress, "tokens"))
     write_calibration(output, means)
     summary = {"output": str(output), "pieces": len(documents), "weights": len(means)}
     if as_json:

@@ -50,11 +50,16 @@ class Op:
     @property
     def mutates(self) -> tuple[str, ...]:
         """Names of the arguments that the operator writes."""
-        arguments = self.overload._schema.arguments
-        return tuple(a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write)
+        return written_by(self.overload)
 
 
 OPS: dict[str, Op] = {}
+
+
+def written_by(overload: torch._ops.OpOverload) -> tuple[str, ...]:
+    """Names of the arguments that an operator, of atom or of torch, writes."""
+    arguments = overload._schema.arguments
+    return tuple(a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write)
 
 
 def no_output(*_: object, **__: object) -> None:

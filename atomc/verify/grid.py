@@ -55,6 +55,10 @@ CODES: Final = {
     "e5m2fnuz": Code(5, 2, 16, 57344.0, (torch.float8_e5m2fnuz,), frozenset({0x80})),
     "e2m1": Code(2, 1, 1, 6.0, (torch.int8, torch.uint8)),
 }
+FLOATS: Final = {  # mantissa bits and least positive number of the dtypes that results have
+    torch.float32: (23, 2.0**-149), torch.bfloat16: (7, 2.0**-133), torch.float16: (10, 2.0**-24),
+    torch.float64: (52, 2.0**-1074),
+}  # fmt: skip
 INT8: Final = Code(0, 7, 1, 127.0, (torch.int8,))  # the grid near zero of an element that is all mantissa
 
 

@@ -9,18 +9,12 @@ Terms:
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Final
 
 import torch
 from torch import Tensor
 
 from atomc.verify import grid
 from atomc.verify.errors import VerifyError
-
-_SPACING: Final = {  # mantissa bits and least positive number of the dtypes that results have
-    torch.float32: (23, 2.0**-149), torch.bfloat16: (7, 2.0**-133), torch.float16: (10, 2.0**-24),
-    torch.float64: (52, 2.0**-1074),
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -63,11 +57,8 @@ def compare(what: str, found: Tensor, expected: Tensor, allowed: Tensor | float)
         return broken(what, f"has shape {list(found.shape)}, the reference {list(expected.shape)}")
     exact = not found.is_floating_point()
     wide, ideal = found.double(), expected.double()
-    if found.dtype in _SPACING:
-        bits, smallest = _SPACING[found.dtype]
-        space = grid.spacing(ideal, bits, smallest)
-    else:
-        space = torch.ones_like(ideal)
+    kind = grid.FLOATS.get(found.dtype)
+    space = torch.ones_like(ideal) if kind is None else grid.spacing(ideal, *kind)
     return weigh(what, wide, ideal, (wide - ideal).abs(), torch.zeros_like(ideal) if exact else allowed, space)
 
 
@@ -157,24 +148,33 @@ def judge_records(what: str, body: Tensor, scales: Tensor, text: str, x: Tensor,
     return worst(verdicts)
 
 
-def judge_choice(
-    what: str, found: Tensor, scores: Tensor, visible: Tensor, wanted: int, allowed: Tensor | float
-) -> Verdict:
-    """Chosen rows [T, k] (-1: none) by float64 scores [T, n] of which the first `visible` [T] may be chosen."""
+def judge_choice(what: str, found: Tensor, scores: Tensor, visible: Tensor, wanted: int, allowed: Tensor) -> Verdict:
+    """Chosen rows [T, k] (-1: none) by float64 scores [T, n] of which the first `visible` [T] may be chosen.
+
+    Args:
+        allowed: [T, n], what each score may be off by: of two that are compared both may be.
+    """
+    if tuple(found.shape) != (expected := (scores.shape[0], wanted)):
+        return broken(what, f"has shape {list(found.shape)}, the reference {list(expected)}")
     count = visible.clamp(max=wanted)
-    picked = found >= 0
+    picked, outside = found >= 0, (found < -1) | (found >= visible[:, None])
+    if bool(outside.any()):
+        token, choice = outside.nonzero()[0].tolist()
+        return broken(
+            what, f"token {token} chose row {int(found[token, choice])} of {int(visible[token])} that it may see"
+        )
     rows = found.clamp(min=0).long()
-    if bool((picked & (found >= visible[:, None])).any()) or bool((found < -1).any()):
-        at = int((picked & (found >= visible[:, None])).any(1).nonzero()[0]) if bool(picked.any()) else 0
-        return broken(what, f"token {at} chose row {int(found[at].max())} of {int(visible[at])} that it may see")
     each = torch.zeros((found.shape[0], scores.shape[1] + 1), dtype=torch.int32)
     each.scatter_add_(1, torch.where(picked, rows, scores.shape[1]), torch.ones_like(rows, dtype=torch.int32))
-    if bool((each[:, :-1] > 1).any()) or not torch.equal(picked.sum(1), count.to(torch.int64)):
-        at = int(((each[:, :-1] > 1).any(1) | (picked.sum(1) != count)).nonzero()[0])
-        return broken(what, f"token {at} chose {int(picked[at].sum())} rows, some twice; {int(count[at])} are wanted")
+    twice, few = (each[:, :-1] > 1).any(1), picked.sum(1) != count
+    if bool((twice | few).any()):
+        at = int((twice | few).nonzero()[0])
+        some = ", some twice" if twice[at] else ""
+        return broken(what, f"token {at} chose {int(picked[at].sum())} rows{some}; {int(count[at])} are wanted")
     hidden = torch.arange(scores.shape[1]) >= visible[:, None]
-    ranked = scores.masked_fill(hidden, -torch.inf).sort(dim=1, descending=True).values
-    lowest = ranked.gather(1, (count.long() - 1).clamp(min=0)[:, None])  # the k-th best
+    order = scores.masked_fill(hidden, -torch.inf).argsort(dim=1, descending=True)
+    kth = order.gather(1, (count.long() - 1).clamp(min=0)[:, None])
+    lowest, allowed = scores.gather(1, kth), allowed.gather(1, kth) + allowed.gather(1, rows)
     chosen = torch.where(picked, scores.gather(1, rows), 0.0)
     best = torch.where(picked, lowest, 0.0)
     error = torch.where(picked, (best - chosen).clamp(min=0), 0.0)

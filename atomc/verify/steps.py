@@ -18,12 +18,24 @@ from torch import Tensor
 
 from atomc.artifact.check_region import operator_of
 from atomc.ops import OPS
-from atomc.ops.registry import NAMESPACE
+from atomc.ops.registry import NAMESPACE, written_by
 from atomc.runtime.bind import resolve
 from atomc.verify import bounds, grid, judge
 from atomc.verify.errors import VerifyError
 from atomc.verify.judge import Verdict
-from atomc.verify.wide import PackedRows, Rounding, Script, Trace, run_wide, widen, widen_dtype
+from atomc.verify.wide import (
+    HALF,
+    Halvings,
+    PackedRows,
+    Rounding,
+    Script,
+    Trace,
+    halvings_of,
+    results_of,
+    run_wide,
+    widen,
+    widen_dtype,
+)  # fmt: skip
 
 # Results that are choices: result -> the argument that says how many may be seen, if any.
 CHOICES: Final = {"index_topk": 0, "index_rope_topk": 0, "route_topk": 1}
@@ -50,6 +62,10 @@ class Observation:
         """The operator's name in its namespace."""
         return self.op.split(".")[1]
 
+    def first_of(self, name: str) -> int:
+        """The first page of a mutated argument that is judged."""
+        return 1 if name in self.reserved else 0
+
 
 def named_arguments(op: str, args: tuple[Any, ...] | list[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments by the names of the operator's schema."""
@@ -64,15 +80,18 @@ def mutates(op: str) -> tuple[str, ...]:
     """Names of the arguments that an operator writes."""
     overload = operator_of(op)
     assert overload is not None
-    return tuple(a.name for a in overload._schema.arguments if a.alias_info is not None and a.alias_info.is_write)
+    return written_by(overload)
+
+
+def copies_of_written(op: str, arguments: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Copies of the tensors that an operator is going to write, by the names of its arguments."""
+    return {n: arguments[n].clone() for n in mutates(op) if isinstance(arguments.get(n), Tensor)}
 
 
 def observe(op: str, arguments: dict[str, Any], reserved: frozenset[str] = frozenset()) -> Observation:
     """Run a step as the plan does, on copies of what it writes."""
-    fresh = {name: arguments[name].clone() for name in mutates(op)}
-    given = arguments | fresh
-    result = _call(resolve(op), op, given)
-    results = tuple(result) if isinstance(result, (tuple, list)) else () if result is None else (result,)
+    fresh = copies_of_written(op, arguments)
+    results = results_of(_call(resolve(op), op, arguments | fresh))
     return Observation(op, arguments, results, fresh, reserved)
 
 
@@ -97,33 +116,43 @@ def examine(seen: Observation) -> list[Verdict]:
 
 
 def _examine_aten(seen: Observation) -> list[Verdict]:
-    wide = {name: widen_dtype(widen(value)) for name, value in seen.arguments.items()}
+    """Results that nobody uses (None) are not judged; what is written in place is judged as a result is."""
     function = operator_of(seen.op)
     assert function is not None
-    expected = _call(function, seen.op, wide)
-    expected = tuple(expected) if isinstance(expected, (tuple, list)) else (expected,)
-    return [
-        judge.compare(f"out {i}", found, ideal, _aten_bound(seen, function, wide, ideal, found))
-        for i, (found, ideal) in enumerate(zip(seen.results, expected, strict=True))
+    wide = {name: widen_dtype(widen(value)) for name, value in seen.arguments.items()}
+    now = wide | {name: wide[name].clone() for name in seen.mutated}
+    pairs = dict(enumerate(zip(seen.results, results_of(_call(function, seen.op, now)), strict=True)))
+    verdicts = [
+        judge.compare(f"out {at}", found, ideal, _aten_bound(seen, function, wide, ideal, found))
+        for at, (found, ideal) in pairs.items()
+        if found is not None
     ]
+    for name, found in seen.mutated.items():
+        first = seen.first_of(name)
+        bound = torch.as_tensor(_aten_bound(seen, function, wide, now[name], found)).expand(found.shape)
+        verdict = judge.compare(name, found[first:], now[name][first:], bound[first:])
+        verdicts.append(_moved_down(verdict, first))
+    return verdicts
 
 
 def _aten_bound(
     seen: Observation, function: Callable[..., Any], wide: dict[str, Any], ideal: Tensor, found: Tensor
 ) -> Tensor | float:
-    op, unit = seen.op, bounds.unit_of((*seen.arguments.values(), *seen.results))
+    op = bounds.functional(seen.op)
     if op in bounds.EXACT:
         return 0.0
     if op in bounds.CASTS:
-        source = next(v for v in seen.arguments.values() if isinstance(v, Tensor))
+        source = seen.arguments.get("src", next(v for v in seen.arguments.values() if isinstance(v, Tensor)))
         narrower = source.dtype != found.dtype and found.dtype in bounds.UNIT
         held = source.dtype in bounds.UNIT and bounds.UNIT[source.dtype] >= bounds.UNIT.get(found.dtype, 1.0)
-        return bounds.UNIT[found.dtype] * ideal.abs() + 2.0**-134 if narrower and not held else 0.0
+        return grid.spacing(ideal, *grid.FLOATS[found.dtype]) / 2 if narrower and not held else 0.0
     if op in bounds.PRODUCTS:
-        magnitudes = _call(function, op, {n: v.abs() if isinstance(v, Tensor) else v for n, v in wide.items()})
-        return bounds.product_bound(magnitudes, ideal, bounds.depth_of(op, wide.values()), unit)
-    # One function of each element, or one we know nothing of: a few units, and the reach of an argument reduction.
-    return 8 * unit * (ideal.abs() + 0.125 * ideal.abs().amax() if ideal.numel() else ideal.abs())
+        magnitudes = _call(function, seen.op, {n: v.abs() if isinstance(v, Tensor) else v for n, v in wide.items()})
+        slack = bounds.product_bound(magnitudes, ideal, bounds.depth_of(op, wide.values()))
+    else:  # one function of each element, or one we know nothing of: a few units, the reach of an argument reduction
+        most = ideal.abs().amax() if ideal.numel() else 0.0
+        slack = 8 * bounds.UNIT[torch.float32] * (ideal.abs() + 0.125 * most)
+    return slack + bounds.half_spacing(ideal, slack, found.dtype)
 
 
 def _examine_dequantize(seen: Observation) -> Verdict:
@@ -146,13 +175,11 @@ class _Examination:
 
     def __init__(self, seen: Observation) -> None:
         self.seen, self.reference = seen, OPS[seen.name].reference
-        self.unit = bounds.unit_of((*seen.arguments.values(), *seen.results))
-        # A rounding alone has nothing before it that could be off, and a copy nothing at all.
-        copies = seen.name in bounds.COPIES and self.unit <= bounds.UNIT[torch.float32]
-        self.exact = copies or seen.name in bounds.ROUNDINGS
+        self.halvings, self.exact = Halvings(), False
         self.depth = bounds.depth_of(seen.op, seen.arguments.values())
         self.chosen: tuple[Tensor, ...] = ()
         self.moved: list[Trace] = []
+        self.halved: list[Trace] = []
         self.flips: list[Trace] = []
 
     def verdicts(self) -> list[Verdict]:
@@ -177,14 +204,22 @@ class _Examination:
             yield from self._written(name, found)
 
     def _run(self) -> None:
+        seen = self.seen
         self.nominal = self._wide(Script(chosen=self.chosen))
+        # After a first run, which fills the caches of constants: the runs that follow make the same calls.
+        if bounds.in_16_bits((*seen.arguments.values(), *seen.results, *seen.mutated.values())):
+            self.halvings = halvings_of(self.reference, seen.arguments, tuple(seen.mutated))
+        # A rounding alone has nothing before it that could be off, and a copy nothing at all.
+        copies = seen.name in bounds.COPIES and not any(self.halvings.units)
+        self.exact = copies or seen.name in bounds.ROUNDINGS
         if self.exact:
             return
         frozen = tuple(r.values for r in self.nominal.roundings)
-        self.moved = [
-            self._wide(Script(self.unit, seed, frozen, self.chosen or tuple(self._indices())))
-            for seed in range(bounds.JITTERS)
-        ]
+        chosen, u = self.chosen or tuple(self._indices()), bounds.UNIT[torch.float32]
+        self.moved = [self._wide(Script(u, seed, frozen, chosen)) for seed in range(bounds.JITTERS)]
+        if any(self.halvings.units):
+            scripts = [Script(0.0, seed, frozen, chosen, self.halvings.units) for seed in range(bounds.HALVED_JITTERS)]
+            self.halved = [self._wide(script) for script in scripts]
         self.flips = list(self._flipped(frozen))
 
     def _wide(self, script: Script) -> Trace:
@@ -208,19 +243,21 @@ class _Examination:
                 yield self._wide(Script(0.0, 0, replaced, self.chosen or tuple(self._indices())))
 
     def _slack_of(self, number: int) -> Tensor:
-        nominal = self.nominal.roundings[number].x
-        return self._slack(nominal, [t.roundings[number].x for t in self.moved])
+        """What a value that is going to be rounded may be off by."""
+        return self._slack(lambda t: t.roundings[number].x, self.halvings.quantized, flips=False)
 
-    def _slack(self, nominal: Tensor, moved: list[Tensor], flipped: list[Tensor] | None = None) -> Tensor:
-        """What a value of the reference may be off by, before it is rounded."""
+    def _slack(
+        self, part: Callable[[Trace], Tensor], dtype: torch.dtype, flips: bool = True, depth: int | None = None
+    ) -> Tensor:
+        """What a value of the reference may be off by in a step that holds it in `dtype`; `depth`: of its sums."""
+        nominal = part(self.nominal)
         if self.exact or not nominal.is_floating_point():
             return torch.zeros_like(nominal)
-        slack = bounds.moved_bound(nominal, moved, self.depth, self.unit)
-        for number, other in enumerate(flipped or ()):
-            moves = (other - nominal).abs()
-            # Several that went together may have cancelled here, where some of them alone would not.
-            slack = slack + (moves if number < bounds.MOST_FLIPS - 1 else moves.amax(-1, keepdim=True))
-        return slack
+        slack = bounds.moved_bound(nominal, [part(t) for t in self.moved], depth or self.depth)
+        slack = slack + bounds.halved_bound(nominal, [part(t) for t in self.halved], HALF.get(dtype, 0.0))
+        if flips:
+            slack = slack + bounds.flipped_bound(nominal, [part(t) for t in self.flips])
+        return slack + bounds.half_spacing(nominal, slack, dtype)
 
     # -- results -------------------------------------------------------------------------------------------------------
 
@@ -236,24 +273,25 @@ class _Examination:
             rows = grid.row_grid_of(self.seen.arguments["rows"])
             body, scales = found[:, : rows.body_bytes], found[:, rows.body_bytes :]
             return judge.judge_records(what, body, scales, rows.text, self.nominal.packed[0].x, 0.0)
-        moved, flipped = [t.results[number] for t in self.moved], [t.results[number] for t in self.flips]
-        return judge.compare(what, found, expected, self._slack(expected, moved, flipped))
+        depth = bounds.mixed_depth(self.seen.name, number, self.seen.arguments)
+        slack = self._slack(lambda t: t.results[number], found.dtype, depth=depth)
+        return judge.compare(what, found, expected, slack)
 
     def _choice(self, number: int) -> Verdict:
         self._run()
         found, given = self.seen.results[number], self.seen.arguments
-        runs = [self._scores(t) for t in (self.nominal, *self.moved, *self.flips)]
-        scores, moved, flipped = runs[0], runs[1 : 1 + len(self.moved)], runs[1 + len(self.moved) :]
+        scores = self._scores(self.nominal)
         if self.seen.name == "route_topk":
             visible, wanted = torch.full(found.shape[:1], scores.shape[1]), given["k"]
         else:
             visible, wanted = (given["positions"].long() + 1) // given["ratio"], given["topk"]
-        finite = scores.masked_fill(scores.isinf(), 0.0)
-        slack = self._slack(finite, [m.masked_fill(m.isinf(), 0.0) for m in moved],
-                            [f.masked_fill(f.isinf(), 0.0) for f in flipped])  # fmt: skip
-        # Either of the two that are compared may be off.
-        worst = 2 * slack.amax(1, keepdim=True)
-        return judge.judge_choice(f"out {number}", found, scores, visible, wanted, worst)
+
+        def finite(trace: Trace) -> Tensor:
+            found = self._scores(trace)
+            return found.masked_fill(found.isinf(), 0.0)
+
+        slack = self._slack(finite, torch.float32)
+        return judge.judge_choice(f"out {number}", found, scores, visible, wanted, slack)
 
     def _scores(self, trace: Trace) -> Tensor:
         """[T, n] of all recorded choices; the reference leaves out requests of which nothing can be seen yet."""
@@ -273,13 +311,12 @@ class _Examination:
     # -- what is written -----------------------------------------------------------------------------------------------
 
     def _written(self, name: str, found: Tensor) -> Iterator[Verdict]:
-        first = 1 if name in self.seen.reserved else 0
+        first = self.seen.first_of(name)
         if self.nominal.packed and found.dtype == torch.uint8:
             yield from self._packed(name, found, self.nominal.packed[0], first)
             return
         expected = self.nominal.mutated[name]
-        moved, flipped = [t.mutated[name][first:] for t in self.moved], [t.mutated[name][first:] for t in self.flips]
-        slack = self._slack(expected[first:], moved, flipped)
+        slack = self._slack(lambda t: t.mutated[name][first:], found.dtype)
         slack = torch.where(expected[first:] == self.seen.arguments[name][first:].double(), 0.0, slack)
         verdict = judge.compare(name, found[first:], expected[first:], slack)
         yield _moved_down(verdict, first)
@@ -295,8 +332,7 @@ class _Examination:
         before = self.nominal.mutated[name].clone() if not rows.x.numel() else self.seen.arguments[name].clone()
         page, row = places // count, places % count
         if rows.x.numel():
-            moved = [t.packed[0].x for t in self.moved]
-            x, slack = rows.x[ours], self._slack(rows.x, moved)[ours]
+            x, slack = rows.x[ours], self._slack(lambda t: t.packed[0].x, self.halvings.quantized, flips=False)[ours]
             at = (body[page, row], scales[page, row])
             for part, records in zip(grid.records_of(before, text), at, strict=True):
                 part[page, row] = records

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from atomc.artifact.expr import evaluate
-from atomc.artifact.plan import Arg, CallPlan, DType, ProgramPlan, RegionPlan, Size, Slot, Step
-from atomc.runtime.bind import Environment, Sizes
+from atomc.artifact.names import Names
+from atomc.artifact.plan import CallPlan, ProgramPlan, RegionPlan, Slot, Step
+from atomc.runtime.bind import Environment, Sizes, value_of
 from atomc.runtime.watch import MemoryWatch
 from atomc.verify.errors import VerifyError
 from atomc.verify.judge import Verdict, worst
-from atomc.verify.names import Names
-from atomc.verify.steps import Observation, examine, mutates, named_arguments
+from atomc.verify.steps import Observation, copies_of_written, examine, named_arguments
 
 
 @dataclass(frozen=True)
@@ -26,7 +23,8 @@ class StepReport:
 
     Attributes:
         at: its number among the region's steps, or among those that run once, `phase` says which.
-        prefix: of the call where the worst was found. tensor: what it is about, by name.
+        prefix: of the call where the worst was found. tensor: what it is about, by name. reads: the weights and the
+            state that the step reads there, by name.
     """
 
     region: str
@@ -37,6 +35,7 @@ class StepReport:
     runs: int
     prefix: str
     tensor: str
+    reads: tuple[str, ...]
     worst: Verdict
 
     @property
@@ -45,7 +44,8 @@ class StepReport:
 
     def message(self) -> str:
         """The broken bound in words."""
-        where = f"{self.phase} {self.at} of {self.region} ({self.op.removesuffix('.default')}, {self.source})"
+        reads = f", reads {', '.join(self.reads)}" if self.reads else ""
+        where = f"{self.phase} {self.at} of {self.region} ({self.op.removesuffix('.default')}, {self.source}{reads})"
         v = self.worst
         if v.why:
             return f"{where}: {self.tensor}: {v.what} {v.why}."
@@ -67,20 +67,6 @@ class Failure:
     tokens: frozenset[str]  # arguments that may be cut along dim 0: neither weights nor state
 
 
-def value_of(arg: Arg, env: Environment, sizes: Sizes) -> Any:
-    """An argument of a step as a value."""
-    match arg:
-        case Slot(id=slot):
-            return env[slot]
-        case Size(expr=text):
-            return evaluate(text, sizes)
-        case DType(name=name):
-            return getattr(torch, name)
-        case list():
-            return [value_of(a, env, sizes) for a in arg]
-    return arg
-
-
 class StepWatch:
     """Judges every step of the regions it is told of.
 
@@ -97,27 +83,22 @@ class StepWatch:
         self.memory = MemoryWatch()
         self.judging = False
         self._only, self._seen = only, seen
-        self._calls = itertools.cycle(program.calls)
-        self._call: CallPlan = program.calls[0]
         self._names = {name: Names(region) for name, region in regions.items()}
         pools = {prefix + t.name: t.pool for prefix, ts in program.states.items() for t in ts}
         self._reserved = {name for name, pool in pools.items() if pool != "slots"}
         self._before: dict[str, Tensor] = {}
 
-    def before(self, region: RegionPlan, at: int, env: Environment, sizes: Sizes) -> None:
+    def before(self, call: CallPlan, region: RegionPlan, at: int, env: Environment, sizes: Sizes) -> None:
         """Keep what step `at` is going to change."""
-        if at == 0:
-            self._call = next(self._calls)
         if self._watched(region):
             step = region.steps[at]
-            given = self._arguments(step, env, sizes)
-            self._before = {name: given[name].clone() for name in mutates(step.op)}
+            self._before = copies_of_written(step.op, self._arguments(step, env, sizes))
 
-    def after(self, region: RegionPlan, at: int, env: Environment, sizes: Sizes) -> None:
+    def after(self, call: CallPlan, region: RegionPlan, at: int, env: Environment, sizes: Sizes) -> None:
         """Judge step `at`."""
-        self.memory.after(region, at, env, sizes)
+        self.memory.after(call, region, at, env, sizes)
         if self._watched(region):
-            self.judge(region, "step", at, region.steps[at], self._call.prefix, env, sizes)
+            self.judge(region, "step", at, region.steps[at], call.prefix, env, sizes)
 
     def prepared(self, call: CallPlan, region: RegionPlan, env: Environment) -> None:
         """Judge the steps that have run once, when the artifact was loaded."""
@@ -137,8 +118,9 @@ class StepWatch:
         reserved = frozenset(name for name in written if prefix + states.get(name, "") in self._reserved)
         seen = Observation(step.op, now | self._before, results, written, reserved)
         verdict = worst(examine(seen) or [Verdict("nothing", 0.0, 0.0, 0.0)])
-        subject = self._names[region.name].subject(step, prefix, states.get(verdict.what))
-        report = StepReport(region.name, phase, at, step.op, step.source, 1, prefix, subject, verdict)
+        names = self._names[region.name]
+        subject, reads = names.subject(step, prefix, states.get(verdict.what)), [prefix + n for n in names.reads(step)]
+        report = StepReport(region.name, phase, at, step.op, step.source, 1, prefix, subject, tuple(reads), verdict)
         self._keep(report, region, step, seen)
         self.judging = False
         self._seen()

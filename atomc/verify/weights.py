@@ -4,7 +4,8 @@ Contract:
     Every weight of every call is compared. What the artifact takes from the checkpoint as it is, or converts without
     loss, must be equal. What it rounds must be what the checkpoint's value rounds to at the scale of its block, so it
     is within half a spacing; the scale must be the rule's. Only where scales were chosen by least squares may one be
-    smaller, down to half: then the largest values of its block are cut; or a float32 scale the power of two above.
+    smaller, which cuts the largest values of its block, or a float32 scale the power of two above: it is then one of
+    those that are tried, and without a calibration, which is not kept, the one of them that loses least.
 
 Terms:
     parameter   a name of the model (spec 3.1); a weight of a region may be several joined, or all experts stacked
@@ -20,7 +21,9 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from atomc.artifact.plan import RegionPlan, Slot
+from atomc.artifact.check_layouts import given_steps, pairs_of
+from atomc.artifact.check_region import operator_of
+from atomc.artifact.plan import RegionPlan
 from atomc.models.bundled import bundled_names, bundled_path
 from atomc.models.deepseek_v4.layers import inverse_frequencies
 from atomc.models.deepseek_v4.weights import official_parameter
@@ -30,10 +33,10 @@ from atomc.report import read_layouts
 from atomc.runtime.loader import LoadedArtifact
 from atomc.verify import grid
 from atomc.verify.errors import VerifyError
-from atomc.verify.steps import named_arguments
 
 EXPERTS: Final = {"ffn.experts.w13": ("w1", "w3"), "ffn.experts.w2": ("w2",)}
-SMALLEST: Final = 0.5  # of the rule's scale, among the candidates of `--scales mse`
+# Of the rule's scale, those that `--scales mse` chooses from: where scales are powers of two, and where they are not.
+SMALLER: Final = ((1.0, 0.5), (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6))
 ROPE: Final = ("rope_plain", "rope_yarn")
 
 
@@ -149,18 +152,12 @@ def _pairs(region: RegionPlan) -> dict[str, tuple[str, str]]:
     """Weight -> its scales and their layout's text, by the step that multiplies it or expands it."""
     weights = {i.slot: i.name for i in region.inputs if i.role == "weight"}
     found: dict[str, tuple[str, str]] = {}
-    for step in (*region.prepare, *region.steps):
-        given = named_arguments(step.op, step.args, step.kwargs)
-        for codes, scales, layout in PAIRS:
-            if all(isinstance(given.get(a), Slot) for a in (codes, scales)) and given[codes].id in weights:
-                found[weights[given[codes].id]] = weights.get(given[scales].id, "?"), given[layout]
+    for given in given_steps(region, operator_of):
+        for codes_name, scales_name, layout in pairs_of(given):
+            codes, scales = given.slot(codes_name), given.slot(scales_name)
+            if codes in weights and scales is not None:
+                found[weights[codes]] = weights.get(scales, "?"), given.arguments[layout]
     return found
-
-
-PAIRS: Final = (
-    ("codes", "scales", "layout"), ("weight", "weight_scales", "weight_layout"), ("w13", "w13_scales", "w13_layout"),
-    ("w2", "w2_scales", "w2_layout"),
-)  # fmt: skip
 
 
 def _plain(name: str, layout: str, origin: str, stored: Tensor, expected: Tensor) -> WeightReport:
@@ -219,20 +216,60 @@ def _rule(part: Tensor, layout: grid.Grid) -> Tensor:
 
 def _off(found: Tensor, part: Tensor, scale: Tensor, wanted: Tensor, layout: grid.Grid, method: str) -> str:
     """What is wrong with values that were rounded anew; empty if nothing is."""
-    ratio, slack = scale / wanted, 2.0**-20  # float32 scales are rounded themselves
-    least = 1.0 if method == "amax" else SMALLEST
-    inside = (ratio >= least - slack) & (ratio <= 1 + slack)
-    if method != "amax":  # a float32 scale may be the power of two above the rule's: the grid of stored FP8
-        inside |= (torch.frexp(scale).mantissa == 0.5) & (ratio >= 1) & (ratio < 2)
-    outside = ~inside
+    candidates = _candidates(wanted, layout, method)
+    near = torch.stack([(scale / c - 1).abs() for c in candidates])  # float32 scales are rounded themselves
+    outside = near.amin(0) > 2.0**-20
     if bool(outside.any()):
         at = tuple(outside.nonzero()[0].tolist())
         return f"the scale at {list(at)} is {float(scale[at]):g}, by the rule ({method}) {float(wanted[at]):g}"
+    expected = _rounded(part, scale, layout)
+    differs = ~(found == expected)
+    if bool(differs.any()):
+        return _difference(differs, found, expected)
+    return _not_the_least(part, candidates, found, scale, wanted, layout) if method == "mse" else ""
+
+
+def _candidates(wanted: Tensor, layout: grid.Grid, method: str) -> list[Tensor]:
+    """The scales that a block may have: by the rule, or one of those that least squares chooses from."""
+    if method == "amax":
+        return [wanted]
+    found = [(wanted * factor).clamp(min=2.0**-126) for factor in SMALLER[layout.scale == "float32"]]
+    if layout.scale == "float32":  # also the power of two above the rule's: the grid of stored FP8
+        mantissa, exponent = torch.frexp(wanted.float())
+        found.append(torch.exp2((exponent - (mantissa == 0.5).int()).double()))
+    return found
+
+
+def _rounded(part: Tensor, scale: Tensor, layout: grid.Grid) -> Tensor:
     number = (part.float() / scale.float()).double()
     step = grid.grid_spacing(number, torch.ones(()).double(), layout)
-    expected = (torch.round(number / step) * step).clamp(-layout.code.top, layout.code.top) * scale
-    differs = ~(found == expected)
-    return _difference(differs, found, expected) if bool(differs.any()) else ""
+    return (torch.round(number / step) * step).clamp(-layout.code.top, layout.code.top) * scale
+
+
+def _not_the_least(
+    part: Tensor, candidates: list[Tensor], found: Tensor, scale: Tensor, wanted: Tensor, layout: grid.Grid
+) -> str:
+    """Where a block's scale loses more than another candidate; blocks of one row, whose tiles are never cut."""
+    if layout.rows != 1:
+        return ""
+    losses = [_block_loss(_rounded(part, c, layout) - part, layout) for c in candidates]
+    least, ours = torch.stack(losses).amin(0), _block_loss(found - part, layout)
+    worse = ours > least * (1 + 2.0**-16) + 2.0**-40 * _block_loss(part, layout)  # sums in float32 chose
+    if not bool(worse.any()):
+        return ""
+    at = tuple(worse.nonzero()[0].tolist())
+    first = (*at[:-1], at[-1] * (layout.columns or part.shape[-1]))
+    return (
+        f"the scale at {list(first)} is {float(scale[first]):g}, by the rule {float(wanted[first]):g}: of the scales "
+        f"that mse chooses from another loses less ({float(least[at]):g}, not {float(ours[at]):g})"
+    )
+
+
+def _block_loss(error: Tensor, layout: grid.Grid) -> Tensor:
+    width = layout.columns or error.shape[-1]
+    padded = torch.nn.functional.pad(error.square(), (0, -error.shape[-1] % width))
+    total: Tensor = padded.unflatten(-1, (-1, width)).sum(-1)
+    return total
 
 
 def _relative(found: Tensor, expected: Tensor) -> float:

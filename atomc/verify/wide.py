@@ -8,6 +8,7 @@ Contract:
 Terms:
     rounding    a place where the reference quantises: what it was before, float64, and what it became
     choice      a `topk` of the reference: the scores it chose by
+    halving     a call of torch in which the reference, on its own arguments, rounds what it computes to a 16-bit float
     jitter      one more run with every number off by at most `unit`, rounded to the nominal run's values and choosing
                 what it chose: how far its results move says how the result depends on rounding errors of that size
 
@@ -28,7 +29,10 @@ from torch.overrides import TorchFunctionMode
 
 import atomc.ops.quantize as quantize_ops
 from atomc.formats import Layout, Records, RowLayout
+from atomc.formats import dequantize as from_layout
+from atomc.formats import quantize as to_layout
 from atomc.verify import grid
+from atomc.verify.errors import VerifyError
 
 NARROW: Final = (torch.float32, torch.bfloat16, torch.float16)
 _CASTS: Final = (Tensor.float, Tensor.bfloat16, Tensor.half)
@@ -71,7 +75,8 @@ class Script:
     """What a run is to do other than compute.
 
     Attributes:
-        unit: of the jitter; 0 for none. seed: of its signs.
+        unit: of the jitter of every input; 0 for none. seed: of its signs.
+        halvings: by its number, how far off each call's result is to be: u of the dtype it is rounded to, or 0.
         frozen: roundings by their number: take these values. chosen: choices by their number: take these indices.
     """
 
@@ -79,6 +84,7 @@ class Script:
     seed: int = 0
     frozen: Sequence[Tensor] = ()
     chosen: Sequence[Tensor] = ()
+    halvings: Sequence[float] = ()
 
 
 class Wide(TorchFunctionMode):
@@ -88,6 +94,7 @@ class Wide(TorchFunctionMode):
         super().__init__()
         self.script, self.trace, self.asleep = script, Trace(), False
         self._signs = torch.Generator().manual_seed(script.seed)
+        self.calls = 0
 
     def __torch_function__(
         self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -95,6 +102,9 @@ class Wide(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.asleep:
             return func(*args, **kwargs)
+        return self._halved(self._call(func, args, kwargs))
+
+    def _call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func in _CASTS:
             return args[0].double()
         if func in _TOPK:
@@ -107,12 +117,19 @@ class Wide(TorchFunctionMode):
                 kwargs = {k: widen(v) for k, v in kwargs.items()}
         return func(*args, **kwargs)
 
-    def jitter(self, x: Tensor) -> Tensor:
-        """x off by the unit, up or down; as it is where there is none."""
-        if not self.script.unit:
+    def jitter(self, x: Tensor, unit: float | None = None) -> Tensor:
+        """x off by a unit (none: the script's), up or down; as it is where that is 0."""
+        unit = self.script.unit if unit is None else unit
+        if not unit:
             return x
         signs = torch.randint(0, 2, x.shape, generator=self._signs, dtype=torch.int8)
-        return x * (1 + self.script.unit * (2.0 * signs - 1))
+        return x * (1 + unit * (2.0 * signs - 1))
+
+    def _halved(self, found: Any) -> Any:
+        """The result of a call, off by what its rounding to 16 bits may be."""
+        at, self.calls = self.calls, self.calls + 1
+        unit = self.script.halvings[at] if at < len(self.script.halvings) else 0.0
+        return self.jitter(found, unit) if unit else found
 
     def _choose(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         found = func(*args, **kwargs)
@@ -138,7 +155,9 @@ class Wide(TorchFunctionMode):
     def dequantize(self, codes: Tensor, scales: Tensor, layout: Layout, dtype: torch.dtype = torch.float32) -> Tensor:
         """float64 values of stored codes, or of what stands for codes."""
         with self._asleep():
-            return self.jitter(codes if codes.dtype == torch.float64 else grid.unpacked(codes, scales, str(layout))[0])
+            values = codes if codes.dtype == torch.float64 else grid.unpacked(codes, scales, str(layout))[0]
+            jittered: Tensor = self._halved(self.jitter(values))
+            return jittered
 
     def pack(self, rows: RowLayout, x: Tensor) -> Records:
         """Stored bytes, of x in float32."""
@@ -168,7 +187,85 @@ class Wide(TorchFunctionMode):
             self.asleep = before
 
 
+@dataclass(frozen=True)
+class Halvings:
+    """Where a reference rounds to 16 bits.
+
+    Attributes:
+        units: of each call, in order, u of the dtype that it rounds to; 0 where it does not.
+        quantized: dtype of what it quantises, or packs as cache rows.
+    """
+
+    units: tuple[float, ...] = ()
+    quantized: torch.dtype = torch.float32
+
+
+class Narrow(Wide):
+    """Runs a reference as it is, and notes its halvings: the same calls as a `Wide` sees, in the same order."""
+
+    def __init__(self) -> None:
+        super().__init__(Script())
+        self.units: list[float] = []
+        self.quantized: set[torch.dtype] = set()
+
+    def _call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        found = func(*args, **kwargs)
+        self.units.append(_halving(func, args, found))
+        return found
+
+    def quantize(self, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+        """As it is."""
+        with self._asleep():
+            self.quantized.add(x.dtype)
+            return to_layout(x, layout)
+
+    def dequantize(self, codes: Tensor, scales: Tensor, layout: Layout, dtype: torch.dtype = torch.float32) -> Tensor:
+        """As it is; a code times a power of two is exact in 16 bits, times another scale it is not."""
+        with self._asleep():
+            inexact = grid.grid_of(str(layout)).scale == "float32"
+            self.units.append(HALF.get(dtype, 0.0) if inexact else 0.0)
+            return from_layout(codes, scales, layout, dtype)
+
+    def pack(self, rows: RowLayout, x: Tensor) -> Records:
+        """As it is."""
+        with self._asleep():
+            self.quantized.add(x.dtype)
+            return PACK(rows, x)
+
+    def unpack(self, rows: RowLayout, records: Records) -> Tensor:
+        """As it is."""
+        with self._asleep():
+            return UNPACK(rows, records)
+
+    def store(self, rows: RowLayout, pages: Tensor, places: Tensor, records: Records) -> None:
+        """As it is."""
+        with self._asleep():
+            STORE(rows, pages, places, records)
+
+
+HALF: Final = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+# What hands on numbers as they are, or one of them.
+_MOVES: Final = frozenset(
+    (
+        "__get__", "__getitem__", "__setitem__", "amax", "amin", "cat", "chunk", "clamp", "clone", "contiguous",
+        "detach", "empty", "empty_like", "expand", "flatten", "flip", "full", "full_like", "gather", "index_copy_",
+        "index_select", "masked_fill", "max", "min", "narrow", "neg", "new_empty", "new_full", "new_zeros", "ones",
+        "ones_like", "pad", "permute", "relu", "repeat_interleave", "reshape", "roll", "select", "split", "squeeze",
+        "stack", "topk", "transpose", "unbind", "unflatten", "unsqueeze", "view", "where", "zeros", "zeros_like",
+    )
+)  # fmt: skip
+
+
+def _halving(func: Callable[..., Any], args: tuple[Any, ...], found: Any) -> float:
+    """u of the 16-bit dtype that a call rounds its result to; 0 if it does not, or computes nothing."""
+    if not isinstance(found, Tensor) or found.dtype not in HALF or func.__name__ in _MOVES:
+        return 0.0
+    cast = func.__name__ in ("to", "bfloat16", "half", "type_as")
+    return 0.0 if cast and args[0].dtype == found.dtype else HALF[found.dtype]
+
+
 PACK: Final = RowLayout.pack
+UNPACK: Final = RowLayout.unpack
 STORE: Final = RowLayout.store
 
 
@@ -204,10 +301,27 @@ def run_wide(function: Callable[..., Any], arguments: dict[str, Any], mutated: S
         if name not in mutated:
             wide[name] = _jittered(mode, value)
     with _redirected(mode), mode:
-        results = function(**wide)
-    mode.trace.results = results if isinstance(results, tuple) else () if results is None else (results,)
+        mode.trace.results = results_of(function(**wide))
+    if script.halvings and mode.calls != len(script.halvings):
+        raise VerifyError(f"{function.__name__} makes {mode.calls} calls in float64, {len(script.halvings)} else")
     mode.trace.mutated = {name: wide[name] for name in mutated}
     return mode.trace
+
+
+def halvings_of(function: Callable[..., Any], arguments: dict[str, Any], mutated: Sequence[str]) -> Halvings:
+    """Where a reference rounds to 16 bits on its way, as it runs on these arguments."""
+    mode, given = Narrow(), arguments | {name: arguments[name].clone() for name in mutated}
+    with _redirected(mode), mode:
+        function(**given)
+    widest = max(mode.quantized, key=lambda d: d.itemsize, default=torch.float32)
+    return Halvings(tuple(mode.units), widest)
+
+
+def results_of(returned: Any) -> tuple[Any, ...]:
+    """What an operator returned, as its schema counts it: nothing, one result, or several."""
+    if returned is None:
+        return ()
+    return tuple(returned) if isinstance(returned, (tuple, list)) else (returned,)
 
 
 # Of larger ones (weights) the rounding acts as that of what they are multiplied with does, and takes long to draw.

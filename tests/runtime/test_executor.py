@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from atomc.artifact.buffers import aligned, slot_bytes
-from atomc.artifact.plan import RegionPlan
+from atomc.artifact.plan import CallPlan, RegionPlan
 from atomc.artifact.store import ArtifactError
 from atomc.models.deepseek_v4.config import load_config
 from atomc.models.deepseek_v4.model import DeepseekV4
@@ -172,10 +172,10 @@ class Leftovers:
     def __init__(self) -> None:
         self.found: dict[str, list[str]] = {}
 
-    def before(self, region: RegionPlan, at: int, env: Environment, sizes: Sizes) -> None:
+    def before(self, call: CallPlan, region: RegionPlan, at: int, env: Environment, sizes: Sizes) -> None:
         pass
 
-    def after(self, region: RegionPlan, at: int, env: Environment, sizes: Sizes) -> None:
+    def after(self, call: CallPlan, region: RegionPlan, at: int, env: Environment, sizes: Sizes) -> None:
         if at == len(region.steps) - 1:
             left = [i for i, s in enumerate(region.slots) if s.role == "temporary" and env[i] is not None]
             self.found[region.name] = [region.slots[i].name for i in left if i not in region.steps[at].release]
@@ -185,6 +185,35 @@ def test_everything_is_released_at_its_last_use(executor: Executor) -> None:
     leftovers = Leftovers()
     executor.step(Paged(executor, 1).batch([(0, 0, torch.arange(8))]), leftovers)
     assert leftovers.found == {call.plan.name: [] for call in executor.calls}
+
+
+class Calls:
+    """The calls whose steps were seen; the first run is broken off."""
+
+    def __init__(self, break_at: int) -> None:
+        self.found: list[CallPlan] = []
+        self.left = break_at
+
+    def before(self, call: CallPlan, region: RegionPlan, at: int, env: Environment, sizes: Sizes) -> None:
+        assert call.region == region.name
+        self.found += [call] if at == 0 else []
+        self.left -= 1
+        if self.left == 0:
+            raise RuntimeError("enough")
+
+    def after(self, call: CallPlan, region: RegionPlan, at: int, env: Environment, sizes: Sizes) -> None:
+        assert call is self.found[-1]
+
+
+def test_a_watch_is_told_the_call_whatever_happened_before(executor: Executor) -> None:
+    batch = Paged(executor, 1).batch([(0, 0, torch.arange(8))])
+    calls = Calls(break_at=len(executor.calls[0].plan.steps) + 3)
+    with pytest.raises(RuntimeError, match="enough"):
+        executor.step(batch, calls)
+    assert [c.prefix for c in calls.found] == [c.call.prefix for c in executor.calls[:2]]
+    calls.found.clear()
+    executor.step(batch, calls)
+    assert [c.prefix for c in calls.found] == [c.call.prefix for c in executor.calls]
 
 
 def test_a_watch_sees_a_plan_that_is_wrong(artifact: Path) -> None:

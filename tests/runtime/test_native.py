@@ -84,17 +84,24 @@ def test_it_is_the_simulated_model_bit_for_bit(
 
 
 def test_with_the_kernels_of_the_cpu_it_is_within_a_millionth(native_artifact: Path, model_folder: Path) -> None:
-    """Sums in another order move a value by 1e-7. Where that is over a rounding boundary, and once in some 10^6 values
-    it is, the value moves by a code and all that follows from it by far more: few tokens may."""
-    executor, errors = opened(native_artifact), []
+    """Sums in another order move a value by a fraction of u = 2^-24; over a midpoint of two codes it moves by a code.
+
+    A run rounds 700,000 values, whose codes are |x| / 11 apart: where all were off by u, 0.9 of them would be over a
+    midpoint. So a few of the twelve requests have one (of these runs one has), and from its token on what attends to
+    it is off by more: a code of E4M3 is 2^-3 of its value at most, a value 3 times the root mean square of its row of
+    64, which is 0.05 of the row. All rows of all other requests are within a millionth.
+    """
+    executor = opened(native_artifact)
+    requests: list[Tensor] = []
     for seed in range(7, 11):
         ids = sequences(seed)
         pairs = zip(Paged(executor, 3).feed(ids, STEPS), simulated(model_folder / "checkpoint", ids), strict=True)
-        errors += [(found - expected).norm(dim=1) / expected.norm(dim=1) for found, expected in pairs]
-    rows = torch.cat(errors)
-    assert float(rows.median()) < 3e-7
-    assert float((rows < 1e-6).float().mean()) > 0.95
-    assert float(rows.max()) < 0.05
+        requests += [(found - expected).norm(dim=1) / expected.norm(dim=1) for found, expected in pairs]
+    assert len(requests) == 12
+    assert float(torch.cat(requests).median()) < 3e-7
+    assert float(torch.cat(requests).max()) < 0.05
+    over = [rows for rows in requests if float(rows.max()) > 1e-6]
+    assert len(over) <= 3, [int((rows > 1e-6).nonzero()[0]) for rows in over]
 
 
 @pytest.mark.parametrize(

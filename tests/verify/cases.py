@@ -185,11 +185,24 @@ CASES: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
 }  # fmt: skip
 
 
-def arguments(case: str) -> tuple[str, dict[str, Any]]:
-    """Operator as a plan names it, and arguments by name in the order of its schema."""
+# Float arguments that a plan in bfloat16 has in bfloat16; a compressor pools in float32.
+IN_16_BITS = frozenset(("h", "y", "x", "q", "kv", "gate", "up", "cache", "window", "w13", "w2"))
+POOLED = frozenset(("kv", "gate"))
+
+
+def held(name: str, argument: str, value: Any, dtype: torch.dtype) -> Any:
+    """An argument of an operator as a plan in `dtype` has it."""
+    if isinstance(value, torch.dtype):
+        return dtype
+    ours = argument in IN_16_BITS and not (name.startswith("compressor") and argument in POOLED)
+    return value.to(dtype) if ours and isinstance(value, Tensor) and value.dtype == torch.float32 else value
+
+
+def arguments(case: str, dtype: torch.dtype = torch.float32) -> tuple[str, dict[str, Any]]:
+    """Operator as a plan names it, and arguments by name in the order of its schema, of a model in `dtype`."""
     from atomc.ops import OPS
 
     name, make = CASES[case]
     made = make()
     order = [a.name for a in OPS[name].overload._schema.arguments]
-    return f"atom.{name}.default", {n: made[n] for n in order if n in made}
+    return f"atom.{name}.default", {n: held(name, n, made[n], dtype) for n in order if n in made}

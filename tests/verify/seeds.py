@@ -179,10 +179,13 @@ REFUSED = [
 
 
 class Edit(NamedTuple):
-    """A change of a region's plan; the message names `expected`."""
+    """A change of a region's plan; the message says `expected`, which names the tensor.
+
+    Activations have no name but the plan's: there it is a function of the plan.
+    """
 
     kind: str
-    expected: str
+    expected: str | Callable[[Json], str]
     region: str
     change: Callable[[Json], None]
 
@@ -199,6 +202,11 @@ def reads(region: Json, name: str) -> Json:
 
 def of(region: Json, op: str, number: int = 0) -> Json:
     return [s for s in region["steps"] if s["op"].split(".")[1] == op][number]
+
+
+def codes_of(op: str) -> Callable[[Json], str]:
+    """The codes that an operator reads, as the plan calls them."""
+    return lambda region: f"): {region['slots'][of(region, op)['args'][0]['id']]['name']} in e4m3"
 
 
 def text(step: Json, old: str, new: str, last: bool = True) -> None:
@@ -257,26 +265,36 @@ def scales_of(name: str, other: str) -> Callable[[Json], None]:
 
 ATTENTION, COMPRESSOR = "sparse_attention_inverse_rope_quant", "compressor_pool_norm_rope_insert"
 CSA, HCA, SWA = "layer_csa_topk", "layer_hca_topk", "layer_swa_hash"
+
+
+def of_weight(kind: str, name: str, region: str, old: str, new: str) -> Edit:
+    return Edit(kind, f"reads {name}): {name} in ", region, weight_text(name, old, new))
+
+
+WINDOW, ROWS, INDEX = "cache 'window' in", "cache 'rows' in", "index rows 'index_rows' are"
+PAGES, NORMS = "cache 'index_rows' has pages", "reads attn.q_norm.weight, attn.kv_norm.weight): result"
+BARE, OTHERS = "codes of 'attn.wo_b.weight'", "attn.wq_b.weight in e4m3:128x128:e8m0: read with"
+MOE = "moe_experts_quant"
 PLANS = [
-    Edit("dialect mismatch", "attn.wq_b.weight", SWA, weight_text("attn.wq_b.weight", "e4m3:", "e4m3fnuz:")),
-    Edit("dialect mismatch", "attn.wo_a.weight", HCA, weight_text("attn.wo_a.weight", "e4m3:", "e5m2:")),
-    Edit("dialect mismatch", "ffn.experts.w2", CSA, weight_text("ffn.experts.w2", "e2m1:", "int8:")),
-    Edit("dialect mismatch", "dequantize", SWA, step_text("dequantize", "e4m3:", "e4m3fnuz:")),
-    Edit("dialect mismatch", "window", SWA, step_text(ATTENTION, "e4m3:", "e4m3fnuz:", last=False)),
-    Edit("dialect mismatch", "rows", HCA, step_text(COMPRESSOR, "e4m3:", "e4m3fnuz:")),
-    Edit("dialect mismatch", "window", CSA, step_text("qk_norm_rope_insert", "e4m3:", "e4m3fnuz:")),
-    Edit("group 32 read as 128", "ffn.experts.w13", SWA, weight_text("ffn.experts.w13", "1x32", "1x128")),
-    Edit("group 32 read as 128", "ffn.experts.w2", HCA, weight_text("ffn.experts.w2", "1x32", "1x128")),
-    Edit("group 32 read as 128", "index_rows", CSA, step_text("index_rope_topk", "1x32", "1x128", last=False)),
-    Edit("group 32 read as 128", "moe_experts_quant", CSA, step_text("moe_experts_quant", "1x128", "1x32", last=False)),
-    Edit("group 32 read as 128", "rms_norm_pair_quant", HCA, step_text("rms_norm_pair_quant", "1x128", "1x32")),
-    Edit("scale transposed", "attn.wq_b.weight", SWA, weight_text("attn.wq_b.weight", "128x128", "64x256")),
-    Edit("E8M0 off by one", "window", SWA, step_text("qk_norm_rope_insert", "e8m0", "pow2")),
-    Edit("missing scale", "scales", SWA, without_scale_argument("attn.wq_b.weight")),
-    Edit("missing scale", "attn.wo_b.weight", HCA, cast_instead("attn.wo_b.weight")),
-    Edit("missing scale", "attn.wo_b.scale", CSA, scales_of("attn.wq_b.weight", "attn.wo_b.scale")),
-    Edit("Hadamard on one side", "index_rows", CSA, without_rotation),
-    Edit("Hadamard on one side", "index_rows", CSA, with_rotation),
+    of_weight("dialect mismatch", "attn.wq_b.weight", SWA, "e4m3:", "e4m3fnuz:"),
+    of_weight("dialect mismatch", "attn.wo_a.weight", HCA, "e4m3:", "e5m2:"),
+    of_weight("dialect mismatch", "ffn.experts.w2", CSA, "e2m1:", "int8:"),
+    Edit("dialect mismatch", codes_of("dequantize"), SWA, step_text("dequantize", "e4m3:", "e4m3fnuz:")),
+    Edit("dialect mismatch", WINDOW, SWA, step_text(ATTENTION, "e4m3:", "e4m3fnuz:", last=False)),
+    Edit("dialect mismatch", ROWS, HCA, step_text(COMPRESSOR, "e4m3:", "e4m3fnuz:")),
+    Edit("dialect mismatch", WINDOW, CSA, step_text("qk_norm_rope_insert", "e4m3:", "e4m3fnuz:")),
+    of_weight("group 32 read as 128", "ffn.experts.w13", SWA, "1x32", "1x128"),
+    of_weight("group 32 read as 128", "ffn.experts.w2", HCA, "1x32", "1x128"),
+    Edit("group 32 read as 128", PAGES, CSA, step_text("index_rope_topk", "1x32", "1x128", last=False)),
+    Edit("group 32 read as 128", codes_of(MOE), CSA, step_text(MOE, "1x128", "1x32", last=False)),
+    Edit("group 32 read as 128", NORMS, HCA, step_text("rms_norm_pair_quant", "1x128", "1x32")),
+    of_weight("scale transposed", "attn.wq_b.weight", SWA, "128x128", "64x256"),
+    Edit("E8M0 off by one", WINDOW, SWA, step_text("qk_norm_rope_insert", "e8m0", "pow2")),
+    Edit("missing scale", "reads attn.wq_b.weight): argument", SWA, without_scale_argument("attn.wq_b.weight")),
+    Edit("missing scale", BARE, HCA, cast_instead("attn.wo_b.weight")),
+    Edit("missing scale", OTHERS, CSA, scales_of("attn.wq_b.weight", "attn.wo_b.scale")),
+    Edit("Hadamard on one side", INDEX, CSA, without_rotation),
+    Edit("Hadamard on one side", INDEX, CSA, with_rotation),
 ]  # fmt: skip
 
 
@@ -284,7 +302,7 @@ PLANS = [
 
 
 class Mistake(NamedTuple):
-    """A mistake in a format's code or an operator's; the messages name every one of `expected`."""
+    """A mistake in a format's code or an operator's; a broken step is about each tensor of `expected`."""
 
     kind: str
     expected: tuple[str, ...]
@@ -421,14 +439,14 @@ MISTAKES = [
     Mistake("Hadamard on one side", ("layers.2.index_rows",), _argument("index_rope_topk", layout="")),
 ]  # fmt: skip
 
-# Faults of an operator that are none of a format; the step that must be named.
+# Faults of an operator that are none of a format: the operator, the tensor that must be named at its step, the change.
 OPERATORS = {
-    "rope the other way": ("qk_norm_rope_insert", {"sin": lambda s: -s}),
-    "window one short": ("sparse_attention_inverse_rope_quant", {"window_size": lambda n: n - 1}),
-    "wrong clamp": ("moe_experts_quant", {"limit": 100.0}),
-    "no routing weight": ("moe_experts_quant", {"weights": torch.ones_like}),
-    "experts without their bias": ("route_topk", {"bias": torch.zeros_like}),
-    "streams mixed by the transpose": ("hc_post_pre_norm_quant", {"comb": lambda c: c.mT}),
-    "partial state in the wrong place": ("compressor_update", {"positions": lambda p: p + 1}),
-    "swiglu without its clamp": ("swiglu_quant", {"limit": 100.0}),
+    "rope the other way": ("qk_norm_rope_insert", "window", {"sin": lambda s: -s}),
+    "window one short": ("sparse_attention_inverse_rope_quant", "window", {"window_size": lambda n: n - 1}),
+    "wrong clamp": ("moe_experts_quant", "ffn.experts.w13", {"limit": 100.0}),
+    "no routing weight": ("moe_experts_quant", "ffn.experts.w2", {"weights": torch.ones_like}),
+    "experts without their bias": ("route_topk", "ffn.gate.bias", {"bias": torch.zeros_like}),
+    "streams mixed by the transpose": ("hc_post_pre_norm_quant", "hc_ffn.fn", {"comb": lambda c: c.mT}),
+    "partial state in the wrong place": ("compressor_update", "partial", {"positions": lambda p: p + 1}),
+    "swiglu without its clamp": ("swiglu_quant", "getitem_44", {"limit": 100.0}),  # an activation: the plan's name
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
 import re
 import shutil
 from collections import Counter
@@ -103,13 +104,17 @@ def test_a_checkpoint_that_is_not_the_format_is_refused(
 # -- plans -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", seeds.PLANS, ids=lambda s: f"{s.kind}, {s.region}, {s.expected}")
+@pytest.mark.parametrize("seed", seeds.PLANS, ids=lambda s: f"{s.kind}, {s.region}")
 def test_a_fault_in_the_plan_is_refused_when_it_is_loaded(compiled: Compiled, tmp_path: Path, seed: seeds.Edit) -> None:
     folder = copy_of(compiled.artifact, tmp_path)
-    edit(folder, f"plan/{seed.region}.json", seed.change)
+    plan = f"plan/{seed.region}.json"
+    expected = (
+        seed.expected if isinstance(seed.expected, str) else seed.expected(json.loads((folder / plan).read_text()))
+    )
+    edit(folder, plan, seed.change)
     with pytest.raises(AtomcError, match="the plan cannot run") as raised:
         verified(folder, compiled.checkpoint)
-    assert seed.expected in raised.value.message, raised.value.message
+    assert expected in raised.value.message, raised.value.message
     assert seed.region in raised.value.message
 
 
@@ -162,19 +167,20 @@ def test_a_mistake_in_the_code_is_found(
     seed.put(monkeypatch)
     found = verified(compiled.artifact, None)
     assert found.first is not None
-    for name in seed.expected:
-        assert name in names(found), names(found)
+    assert set(seed.expected) <= {s.tensor for s in found.steps if not s.ok}, names(found)
 
 
 @pytest.mark.parametrize("name", seeds.OPERATORS)
 def test_a_mistake_in_an_operator_is_found_at_its_step(
     compiled: Compiled, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    op, changed = seeds.OPERATORS[name]
+    op, tensor, changed = seeds.OPERATORS[name]
     seeds._argument(op, **changed)(monkeypatch)
     found = verified(compiled.artifact, None)
     assert found.first is not None
-    assert {s.op for s in found.steps if not s.ok} == {f"atom.{op}.default"}
+    broken = [s for s in found.steps if not s.ok]
+    assert {s.op for s in broken} == {f"atom.{op}.default"}
+    assert any(s.prefix + tensor in (s.tensor, *s.reads) and f"{s.prefix}{tensor}" in s.message() for s in broken)
     assert "deepseek_v4/" in found.first.report.source
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
 from atomc.formats import RowLayout
 from atomc.ops import OPS
 from atomc.ops import quantize as quantize_ops
-from atomc.verify.wide import Script, run_wide
+from atomc.verify.errors import VerifyError
+from atomc.verify.wide import Script, halvings_of, run_wide
 from tests.verify.cases import CASES, arguments
 
 
@@ -101,3 +103,42 @@ def test_a_jitter_is_as_large_as_its_unit() -> None:
         run_wide(OPS["rms_norm"].reference, given, (), Script(unit)).results[0] for unit in (0.0, 2.0**-24)
     )
     assert 2.0**-26 < relative(moved, nominal) < 2.0**-23
+
+
+# -- where a reference rounds to 16 bits -------------------------------------------------------------------------------
+
+# In bfloat16, of each case: how often. An expert rounds both products, and what enters the second is rounded once.
+HALVINGS = {
+    "rms_norm": 1, "rms_norm_pair_quant": 2, "hc_post_pre_norm": 3, "hc_post_pre_norm_quant": 3, "hc_head_norm": 2,
+    "rope": 1, "insert": 3, "insert packed": 3, "compressor": 3, "compressor packed": 3, "compressor index": 4,
+    "update": 0, "index": 1, "index packed": 2, "attention": 2, "attention packed": 2, "route_topk": 0,
+    "route_hash": 0, "experts": 6 * 2 + 1, "experts packed": 6 * 2 + 1, "swiglu_quant": 1, "quantize": 0,
+    "quantize fp4": 0, "dequantize": 0, "dequantize fp4": 0, "dequantize channel": 1, "pack_rows": 0, "hadamard": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_halvings_are_where_a_reference_rounds(case: str) -> None:
+    name = CASES[case][0]
+    for dtype, count in ((torch.float32, 0), (torch.bfloat16, HALVINGS[case])):
+        _, given = arguments(case, dtype)
+        found = halvings_of(OPS[name].reference, given, OPS[name].mutates)
+        assert sum(unit > 0 for unit in found.units) == count
+        assert set(found.units) <= {0.0, 2.0**-8}
+        quantizes = any(part in case for part in ("quant", "pack", "index")) and not case.startswith("dequantize")
+        assert found.quantized == (dtype if quantizes and case != "index" else torch.float32)
+
+
+def test_a_halving_moves_a_result_and_no_input_does() -> None:
+    x = torch.randn(100, 64).bfloat16()
+    given = {"x": x, "weight": None, "eps": 1e-6}
+    reference = OPS["rms_norm"].reference
+    units = halvings_of(reference, given, ()).units
+    nominal, moved = (run_wide(reference, given, (), Script(halvings=h)).results[0] for h in ((), units))
+    assert torch.allclose((moved / nominal - 1).abs(), torch.tensor(2.0**-8, dtype=torch.float64), rtol=1e-12)
+
+
+def test_runs_that_make_other_calls_are_refused() -> None:
+    given = {"x": torch.randn(3, 64).bfloat16(), "weight": None, "eps": 1e-6}
+    with pytest.raises(VerifyError, match="rms_norm makes"):
+        run_wide(OPS["rms_norm"].reference, given, (), Script(halvings=(2.0**-8,)))
