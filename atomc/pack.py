@@ -27,6 +27,7 @@ from types import TracebackType
 from typing import Final, NamedTuple, Protocol
 
 import msgspec
+import safetensors
 import torch
 from torch import Tensor
 
@@ -36,7 +37,7 @@ from atomc.artifact.manifest import FileEntry
 from atomc.artifact.shards import ShardWriter, header, write_whole
 from atomc.artifact.store import ArtifactError, absolute, encode, hash_file, unwritable
 from atomc.errors import RecipeError
-from atomc.recipes import Concat, Recipe, Stack, TensorSpec, evaluate, instantiate, output_spec, to_json
+from atomc.recipes import Concat, Halves, Recipe, Stack, TensorSpec, evaluate, instantiate, output_spec, to_json
 
 SHARD_BYTES: Final = 512 << 20
 UNMAP_BYTES: Final = 256 << 20
@@ -177,12 +178,17 @@ def _identity(file: Path) -> tuple[str, int, int, str]:
     return file.name, facts.st_size, facts.st_mtime_ns, hashlib.sha256(length + head).hexdigest()
 
 
+def code_files(root: Path) -> list[Path]:
+    """The modules of the package at `root` that decide a shard's bytes, given recipes and source files."""
+    reading = ("reader", "hf_names", "shards", "schema")
+    rooms = ("recipes/*.py", "formats/*.py", "artifact/shards.py", "calibration.py", "pack.py")
+    return sorted(file for room in (*rooms, *(f"models/*/{name}.py" for name in reading)) for file in root.glob(room))
+
+
 def _code() -> list[str]:
     """What evaluates recipes: versions, and the modules themselves, which change between versions in a checkout."""
-    root = Path(atomc.__file__).parent
-    rooms = ("recipes*.py", "recipes/*.py", "formats/*.py", "artifact/shards.py", "pack.py")
-    files = sorted(file for room in rooms for file in root.glob(room))
-    return [atomc.__version__, str(torch.__version__), *(hash_file(file).sha256 for file in files)]
+    versions = [atomc.__version__, str(torch.__version__), safetensors.__version__]
+    return [*versions, *(hash_file(file).sha256 for file in code_files(Path(atomc.__file__).parent))]
 
 
 # -- packing -----------------------------------------------------------------------------------------------------------
@@ -247,6 +253,7 @@ class _Packer:
         self._done = 0  # of `_total`
         self._unread = UNMAP_BYTES  # until the files are unmapped
         self._name = ""
+        self._halves = Halves(())
 
     def run(self) -> Packed:
         files = {name: entry for name in self._shards if (entry := self._finished(name))}
@@ -255,6 +262,7 @@ class _Packer:
             self._say(f"{shards_text(resumed)} taken over")
         missing = {name: shard for name, shard in self._shards.items() if name not in files}
         self._shelf.check_room(sum(w.spec.nbytes for shard in missing.values() for w in shard))
+        self._halves = Halves(weight.recipe for shard in missing.values() for weight in shard)
         start = time.perf_counter()
         made = {name: self._make(name, shard) for name, shard in missing.items()}
         self._source.close()
@@ -284,7 +292,7 @@ class _Packer:
 
     def _evaluate(self, part: Recipe) -> Tensor:
         try:
-            return evaluate(part, self._load)
+            return evaluate(part, self._load, self._halves)
         except RecipeError as error:
             raise RecipeError(f"weight {self._name}: {error.message}") from error
 

@@ -11,15 +11,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import time
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the command line does, before torch is imported
 
 import torch
+from machine import machine
 
 import atomc
 from atomc.runtime.llm import LLM
@@ -49,17 +48,6 @@ def operators(llm: LLM, tokens: int) -> list[tuple[str, float]]:
     rows = [(row.key, row.self_cpu_time_total) for row in profile.key_averages()]
     total = sum(spent for _, spent in rows)
     return sorted(((key, spent / total) for key, spent in rows), key=lambda row: -row[1])[:8]
-
-
-def machine() -> dict[str, Any]:
-    """What the figures belong to."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return {
-        "cpu": next((line.split(":")[1].strip() for line in lines if "model name" in line), ""),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
 
 
 def main() -> None:

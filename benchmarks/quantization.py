@@ -4,7 +4,8 @@
 
 Compiles every case for the cpu target into a temporary folder, has it predict the first `--tokens` tokens of every
 `--every`-th document, and compares each row of logits with the baseline's: the same weights dequantised, with rows in
-bf16 and nothing quantised in between. All compute in float32. Ends with 1 if `native` loses more than 0.01 bits/byte.
+bf16 and nothing quantised in between. All compute in float32. Ends with 1, and what is stored stays, if `native` loses
+more than 0.01 bits/byte.
 Writes the JSON, the table in docs/quantization.md and the picture beside it; with --only it prints and writes nothing.
 """
 
@@ -13,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -25,6 +25,7 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the command line does, before torch is imported
 
 import torch
+from machine import machine
 from quantization_copies import Rescaling, differing_weights, plain_copy
 from quantization_metrics import Reading, agreement, bits_per_byte, figures, read
 from quantization_report import show, write_document, write_picture
@@ -188,16 +189,6 @@ def run(bench: Bench, chosen: Sequence[Case]) -> list[dict[str, Any]]:
     return rows
 
 
-def machine() -> dict[str, Any]:
-    """What the figures belong to."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
-    return {
-        "cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "load": os.getloadavg()[0],
-        "python": platform.python_version(), "torch": torch.__version__,
-    }  # fmt: skip
-
-
 def verdict(rows: Sequence[dict[str, Any]]) -> str:
     """Empty, or why the run has failed."""
     native = next((r for r in rows if r["name"] == "native" and "loss" in r), None)
@@ -264,14 +255,15 @@ def main() -> int:
             bench = Bench(text, Path(folder), options.answer_tokens)
             rows = run(bench, chosen)
             show(rows)
-            if not options.only:
+            failed = verdict(rows)
+            if not options.only and not failed:
                 result = described(options, text) | {"plain_copy": bench.check_copy(), "rows": rows}
                 options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
                 write(options.docs, result)
     except AtomcError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    if failed := verdict(rows):
+    if failed:
         print(f"error: {failed}", file=sys.stderr)
     return 1 if failed else 0
 

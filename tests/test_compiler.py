@@ -170,17 +170,25 @@ def test_an_interrupted_compile_leaves_nothing(checkpoint: Path, tmp_path: Path,
 
 
 @pytest.mark.slow
-def test_what_a_killed_compile_left_is_removed_by_the_next(checkpoint: Path, tmp_path: Path) -> None:
+def test_what_a_killed_compile_left_is_removed_by_the_next(checkpoint: Path, repo_root: Path, tmp_path: Path) -> None:
     code = (
         "import os, sys; from pathlib import Path\n"
         "from atomc.compiler import Options, compile_model\n"
         "kill = lambda stage, *_: os._exit(9) if stage.startswith('pack') else None\n"
         f"compile_model({str(checkpoint)!r}, 'cpu', Path({str(tmp_path / 'a.atom')!r}), Options(), kill)\n"
     )
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 9
+    ran = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path.parent, env=isolated(repo_root), capture_output=True
+    )
+    assert ran.returncode == 9, ran.stderr.decode()
     assert {Path(left).suffix for left in os.listdir(tmp_path)} == {".packing", ".partial"}
     compiled(checkpoint, tmp_path / "a.atom")
     assert os.listdir(tmp_path) == ["a.atom"]
+
+
+def isolated(package: Path) -> dict[str, str]:
+    """What another process of a test is given: the package at `package`, one thread, and nothing else of this one."""
+    return {"PATH": os.defpath, "PYTHONPATH": str(package), "OMP_NUM_THREADS": "1"}
 
 
 # -- equal inputs, equal bytes -----------------------------------------------------------------------------------------
@@ -203,7 +211,7 @@ def apart(package: Path, checkpoint: Path, output: Path, seed: str) -> None:
         f"options = Options(max_context=320, max_batch_tokens=48, max_requests=4, max_logit_rows=40)\n"
         f"compile_model({checkpoint.name!r}, 'cpu', Path({str(output)!r}), options)\n"
     )
-    environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(package), "COLUMNS": "40", "LANG": "C"}
+    environment = {**isolated(package), "PYTHONHASHSEED": seed, "COLUMNS": "40", "LANG": "C"}
     ran = subprocess.run(
         [sys.executable, "-c", code], cwd=checkpoint.parent, env=environment, capture_output=True, text=True
     )

@@ -136,7 +136,7 @@ def test_the_wheel_holds_the_whole_tree_and_imports(repo_root: Path, tmp_path: P
         str(file.relative_to(repo_root) if folder == "atomc" else Path("atomc") / file.relative_to(repo_root))
         for folder in ("atomc", *ROOMS)
         for file in (repo_root / folder).rglob("*")
-        if file.suffix in {".py", ".json", ".safetensors", ".typed"} and "__pycache__" not in file.parts
+        if file.suffix in {".py", ".json", ".safetensors", ".txt", ".typed"} and "__pycache__" not in file.parts
     }
     report(sorted(wanted - held))
     assert all(file.is_relative_to(site) for file in import_rooms(site, tmp_path))

@@ -1,5 +1,6 @@
 """Recipes: each step against plain torch, JSON round trips, streaming memory, shapes without data, clear refusals."""
 
+import sys
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -11,15 +12,22 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from atomc.errors import RecipeError
-from atomc.formats import FP8_TILE, MXFP4, dequantize, quantize
+from atomc.formats import FP8_CHANNEL, FP8_TILE, MXFP4, Layout, dequantize, expand_mxfp4, quantize, to_fnuz
+from atomc.formats.choice import quantize_with
 from atomc.recipes import (
     Cast,
     Concat,
     Constant,
+    Convert,
     Dequantize,
+    Halves,
     Load,
+    Method,
+    Part,
     Permute,
+    Quantize,
     Recipe,
+    Repeat,
     Reshape,
     Slice,
     Stack,
@@ -31,20 +39,32 @@ from atomc.recipes import (
     sources,
     to_json,
 )
+from tests.support.tiny import same_bits
 
+PARTS: tuple[Part, ...] = ("codes", "scales")
 GENERATOR = torch.Generator().manual_seed(0)
 A, B = torch.randn(4, 6, generator=GENERATOR), torch.randn(4, 6, generator=GENERATOR)
 FP8, FP8_SCALE = quantize(torch.randn(130, 40, generator=GENERATOR), FP8_TILE)
 FP4, FP4_SCALE = quantize(torch.randn(5, 64, generator=GENERATOR), MXFP4)
 STORE = {
     "a": A, "b": B, "fp8.weight": FP8, "fp8.scale": FP8_SCALE, "fp4.weight": FP4, "fp4.scale": FP4_SCALE,
-    "ids": torch.arange(6),
+    "ids": torch.arange(6), "dense": torch.randn(130, 64, generator=GENERATOR),
+    "importance": torch.rand(64, generator=GENERATOR),
 }  # fmt: skip
+DENSE, IMPORTANCE = STORE["dense"], STORE["importance"]
 
 
 def spec_of(name: str) -> TensorSpec:
     return TensorSpec(tuple(STORE[name].shape), STORE[name].dtype)
 
+
+def quantized(layout: Layout, part: Part, method: Method = "amax", weighted: bool = False) -> Recipe:
+    return Quantize(Load("dense"), str(layout), part, method, Load("importance") if weighted else None)
+
+
+FP8_OF_FP4 = [Convert(Load("fp4.weight"), Load("fp4.scale"), "fp8_tile", part) for part in PARTS]
+FNUZ_OF_FP8 = [Convert(Load("fp8.weight"), Load("fp8.scale"), "fnuz", part) for part in PARTS]
+FNUZ_OF_FP4 = [Convert(FP8_OF_FP4[0], FP8_OF_FP4[1], "fnuz", part) for part in PARTS]
 
 STEPS: list[tuple[Recipe, Callable[[], Tensor]]] = [
     (Load("a"), lambda: A),
@@ -73,6 +93,28 @@ STEPS: list[tuple[Recipe, Callable[[], Tensor]]] = [
         Dequantize(Slice(Load("fp4.weight"), 0, 1, 3), Slice(Load("fp4.scale"), 0, 1, 3), "e2m1:1x32:e8m0"),
         lambda: dequantize(FP4, FP4_SCALE, MXFP4)[1:3],
     ),
+    *(
+        (quantized(layout, part), lambda at=at, layout=layout: quantize(DENSE, layout)[at])
+        for layout in (MXFP4, FP8_TILE, FP8_CHANNEL, FP8_TILE.fnuz(), Layout.parse("e5m2fnuz:1x32:float32"))
+        for at, part in enumerate(PARTS)
+    ),
+    *((quantized(MXFP4, p, "mse"), lambda at=at: quantize_with(DENSE, MXFP4, "mse")[at]) for at, p in enumerate(PARTS)),
+    *(
+        (quantized(MXFP4, p, "mse", True), lambda at=at: quantize_with(DENSE, MXFP4, "mse", IMPORTANCE)[at])
+        for at, p in enumerate(PARTS)
+    ),
+    *((recipe, lambda at=at: expand_mxfp4(FP4, FP4_SCALE)[at]) for at, recipe in enumerate(FP8_OF_FP4)),
+    *((recipe, lambda at=at: to_fnuz(FP8, FP8_SCALE)[at]) for at, recipe in enumerate(FNUZ_OF_FP8)),
+    *((recipe, lambda at=at: to_fnuz(*expand_mxfp4(FP4, FP4_SCALE))[at]) for at, recipe in enumerate(FNUZ_OF_FP4)),
+    (
+        Dequantize(FNUZ_OF_FP8[0], FNUZ_OF_FP8[1], str(FP8_TILE.fnuz())),
+        lambda: dequantize(FP8, FP8_SCALE, FP8_TILE),
+    ),
+    (Repeat(Load("a"), 3, 12), lambda: A[[0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]]),
+    (Repeat(Load("a"), 3, 10), lambda: A[[0, 0, 0, 1, 1, 1, 2, 2, 2, 3]]),
+    (Repeat(Load("fp8.scale"), 16, 20), lambda: FP8_SCALE.view(torch.uint8)[[0] * 16 + [1] * 4].view(FP8_SCALE.dtype)),
+    (Cast(Load("a"), "float8_e4m3fnuz"), lambda: A.to(torch.float8_e4m3fnuz)),
+    (Cast(Load("a"), "float8_e5m2fnuz"), lambda: A.to(torch.float8_e5m2fnuz)),
 ]
 
 
@@ -80,7 +122,8 @@ STEPS: list[tuple[Recipe, Callable[[], Tensor]]] = [
 def test_each_step(recipe: Recipe, wanted: Callable[[], Tensor]) -> None:
     found = evaluate(recipe, STORE.__getitem__)
     assert found.dtype == wanted().dtype
-    assert torch.equal(found, wanted())
+    assert found.shape == wanted().shape
+    assert same_bits(found, wanted())
     assert found.is_contiguous()
     assert output_spec(recipe, spec_of) == TensorSpec(tuple(found.shape), found.dtype)
     assert from_json(to_json(recipe)) == recipe
@@ -147,6 +190,24 @@ def test_sources_are_listed_once() -> None:
             "Dequantize over fp8.weight, fp4.scale",
         ),
         (Dequantize(Load("fp4.weight"), Load("fp8.scale"), "e2m1:1x32:e8m0"), "Dequantize over fp4.weight, fp8.scale"),
+        (
+            Dequantize(Load("fp8.weight"), Load("fp8.scale"), str(FP8_TILE.fnuz())),
+            "are float8_e4m3fnuz, not float8_e4m3fn",
+        ),
+        (Quantize(Slice(Load("dense"), 1, 0, 63), str(MXFP4), "codes"), "63 columns cannot be packed in pairs"),
+        (Quantize(Slice(Load("dense"), 1, 0, 63), str(MXFP4), "scales"), "63 columns cannot be packed in pairs"),
+        (Quantize(Load("ids"), str(FP8_TILE), "codes"), "Quantize over ids does not fit"),
+        (
+            Quantize(Load("a"), str(MXFP4), "codes", "mse", Load("importance")),
+            r"importance of shape \(64,\) for 6 columns",
+        ),
+        (Quantize(Load("dense"), str(MXFP4), "codes", "amax", Load("importance")), "no use for importance"),
+        (Convert(Load("fp8.weight"), Load("fp8.scale"), "fp8_tile", "codes"), "has int8 codes and float8_e8m0fnu"),
+        (Convert(Load("fp4.weight"), Load("fp8.scale"), "fp8_tile", "scales"), "need whole groups and scales"),
+        (Convert(Load("fp4.weight"), Load("fp4.scale"), "fnuz", "codes"), "codes of e4m3 are float8_e4m3fn, not int8"),
+        (Convert(Load("fp8.weight"), Load("ids"), "fnuz", "scales"), "float8_e8m0fnu, float32 or bfloat16, not int64"),
+        (Repeat(Load("a"), 3, 9), "9 rows are not what 12 are cut to"),
+        (Repeat(Load("a"), 3, 13), "13 rows are not what 12 are cut to"),
     ],
 )
 def test_a_step_that_does_not_fit_names_itself_and_its_sources(recipe: Recipe, match: str) -> None:
@@ -170,8 +231,72 @@ def test_a_stack_holds_one_part_at_a_time() -> None:
     assert len(given_out) == 6
 
 
-names = st.sampled_from(["a", "b", "{prefix}c"])
-dtypes = st.sampled_from(["float32", "bfloat16", "int8", "float8_e4m3fn"])
+def counted(monkeypatch: pytest.MonkeyPatch, name: str) -> list[tuple[int, ...]]:
+    """Shapes of what a conversion is given, one for each call."""
+    seen: list[tuple[int, ...]] = []
+    module = sys.modules["atomc.recipes.evaluate"]
+    real = getattr(module, name)
+
+    def convert(x: Tensor, *rest: Any) -> Any:
+        seen.append(tuple(x.shape))
+        return real(x, *rest)
+
+    monkeypatch.setattr(module, name, convert)
+    return seen
+
+
+@pytest.mark.parametrize("order", [PARTS, PARTS[::-1]], ids="-".join)
+def test_a_pair_is_made_once(monkeypatch: pytest.MonkeyPatch, order: tuple[Part, ...]) -> None:
+    """Of stacked experts: all codes come before all scales, or the other way round."""
+    seen = counted(monkeypatch, "quantize_with")
+    loads: list[str] = []
+    parts = {p: [Quantize(Load(str(e)), str(MXFP4), p, "mse") for e in range(4)] for p in PARTS}
+    recipes = [Stack(tuple(parts[part])) for part in order]
+
+    def load(name: str) -> Tensor:
+        loads.append(name)
+        return DENSE[: 1 + int(name)][:1] * (1 + int(name))
+
+    halves = Halves(recipes)
+    found = [evaluate(recipe, load, halves) for recipe in recipes]
+    assert (len(seen), loads) == (4, ["0", "1", "2", "3"])
+    for recipe, tensor in zip(recipes, found, strict=True):
+        assert same_bits(tensor, evaluate(recipe, load))
+
+
+def test_a_chain_of_conversions_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = counted(monkeypatch, "expand_mxfp4"), counted(monkeypatch, "to_fnuz")
+    halves = Halves(FNUZ_OF_FP4)
+    found = tuple(evaluate(recipe, STORE.__getitem__, halves) for recipe in FNUZ_OF_FP4)
+    assert [len(calls) for calls in seen] == [1, 1]
+    assert all(same_bits(a, b) for a, b in zip(found, to_fnuz(*expand_mxfp4(FP4, FP4_SCALE)), strict=True))
+    evaluate(FNUZ_OF_FP4[0], STORE.__getitem__)  # alone: its two inputs are one pair
+    assert [len(calls) for calls in seen] == [2, 2]
+
+
+def test_a_half_that_does_not_fit_or_that_nobody_asks_for_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = counted(monkeypatch, "quantize_with")
+    codes, scales = (quantized(MXFP4, part) for part in PARTS)
+    size = evaluate(scales, STORE.__getitem__).nbytes
+    pair = [codes, scales]
+    for wanted, most, asked, made in (
+        (pair, size, pair, 1),
+        (pair, size - 1, pair, 2),
+        ([codes], size, pair, 2),
+        ([*pair, *pair], size, [*pair, *pair], 2),  # what was taken leaves its room
+        ([*pair, *pair], size, [codes, codes, scales, scales], 3),
+    ):
+        seen.clear()
+        halves = Halves(wanted, most)
+        for recipe in asked:
+            evaluate(recipe, STORE.__getitem__, halves)
+        assert len(seen) == made, (wanted, most)
+
+
+names = st.sampled_from(["a", "b", "{prefix}c", "fp8.weight", "fp8.scale", "fp4.weight", "fp4.scale"])
+dtypes = st.sampled_from(["float32", "bfloat16", "int8", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2fnuz"])
+layouts = st.sampled_from([str(x) for x in (FP8_TILE, FP8_TILE.fnuz(), MXFP4, FP8_CHANNEL)])
+parts_of_a_pair = st.sampled_from(PARTS)
 dims = st.integers(-3, 3)
 
 
@@ -185,7 +310,11 @@ def grow(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
         st.builds(Reshape, inner, shape),
         st.builds(Permute, inner, shape),
         st.builds(Slice, inner, dims, dims, dims),
-        st.builds(Dequantize, inner, inner, st.sampled_from(["e4m3:128x128:e8m0", "e2m1:1x32:e8m0"]), dtypes),
+        st.builds(Dequantize, inner, inner, layouts, dtypes),
+        st.builds(Quantize, inner, layouts, parts_of_a_pair, st.sampled_from(["amax", "mse"]), st.none() | inner),
+        st.builds(Convert, inner, inner, st.sampled_from(["fp8_tile", "fnuz"]), parts_of_a_pair),
+        st.builds(Repeat, inner, st.integers(0, 3), st.integers(0, 12)),
+        st.sampled_from([*FP8_OF_FP4, *FNUZ_OF_FP8, *FNUZ_OF_FP4, quantized(MXFP4, "codes")]),
     )
 
 

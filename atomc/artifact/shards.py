@@ -28,7 +28,8 @@ CHUNK: Final = 8 << 20  # bytes hashed and written at a time
 # The format's names. Data lie in this order of dtypes, the widest first, so that each is aligned; then by name.
 DTYPE_NAMES: Final[Mapping[torch.dtype, str]] = {
     torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.int32: "I32", torch.bfloat16: "BF16",
-    torch.float16: "F16", torch.int16: "I16", torch.float8_e8m0fnu: "F8_E8M0", torch.float8_e4m3fn: "F8_E4M3",
+    torch.float16: "F16", torch.int16: "I16", torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
+    torch.float8_e4m3fnuz: "F8_E4M3FNUZ", torch.float8_e8m0fnu: "F8_E8M0", torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 _RANK: Final = {dtype: rank for rank, dtype in enumerate(DTYPE_NAMES)}

@@ -13,7 +13,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from atomc.formats.layout import Layout, block_amax, quantize, scales_of, spread
+from atomc.formats.layout import Layout, bands, block_amax, matrices, quantize, scales_of, spread
 from atomc.formats.scale import power_of_two_above, store_scale
 
 # Of the scale that fits amax; smaller ones clip, for a finer grid. A power of two is halved or kept.
@@ -29,20 +29,31 @@ def quantize_with(x: Tensor, layout: Layout, method: str, importance: Tensor | N
     Raises:
         ValueError: an unknown method, or importance of another length.
     """
+    check_method(x, method, importance)
     if method == "amax":
         return quantize(x, layout)
-    if method != "mse":
-        raise ValueError(f"scales are chosen by amax or mse, not {method!r}")
-    if importance is not None and importance.shape != (x.shape[-1],):
-        raise ValueError(f"importance of shape {tuple(importance.shape)} for {x.shape[-1]} columns")
-    shape = tuple(x.shape)
-    matrices = x.detach().reshape(-1, *shape[-2:])
-    pairs = [_best(m.float(), layout, importance) for m in matrices]
-    codes, scales = torch.stack([p[0] for p in pairs]), torch.stack([p[1] for p in pairs])
+    shape, flat = tuple(x.shape), matrices(x.detach(), layout)
+    codes = flat.new_empty(layout.code_shape(tuple(flat.shape)), dtype=layout.element.storage)
+    scales = flat.new_empty(layout.scale_shape(tuple(flat.shape)), dtype=layout.scale_dtype)
+    for m, rows, tiles in bands(flat, layout):
+        codes[m, rows], scales[m, tiles] = _best(flat[m, rows].float(), layout, importance)
     return codes.view(layout.code_shape(shape)), scales.view(layout.scale_shape(shape))
 
 
+def check_method(x: Tensor, method: str, importance: Tensor | None) -> None:
+    """Raise `ValueError` if the method is unknown or cannot use what it is given; meta tensors will do."""
+    if method not in ("amax", "mse"):
+        raise ValueError(f"scales are chosen by amax or mse, not {method!r}")
+    if importance is None:
+        return
+    if method == "amax":
+        raise ValueError("scales from amax have no use for importance; choose mse")
+    if importance.shape != (x.shape[-1],):
+        raise ValueError(f"importance of shape {tuple(importance.shape)} for {x.shape[-1]} columns")
+
+
 def _best(x: Tensor, layout: Layout, importance: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The pair of a band [rows, columns]."""
     rows, columns = x.shape
     fitting = scales_of(block_amax(x, layout), layout)
     best, least = fitting, torch.full_like(fitting, torch.inf)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from atomc.formats.element import E4M3, E4M3_FNUZ, decode_e2m1, unpack_e2m1
 from atomc.formats.layout import MXFP4
-from atomc.formats.scale import E8M0_BIAS, E8M0_NAN
+from atomc.formats.scale import E8M0_BIAS, E8M0_NAN, check_scales
 
 # A tile's FP8 scale stands 2^6 below its largest FP4 scale: e2m1's 6 is then 384 (of 448). With a scale 2^14 below that
 # one e2m1's 0.5 is e4m3's smallest number, 2^-9; with one 2^18 below it every number but 0 is less.
@@ -34,7 +34,9 @@ def expand_mxfp4(codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
             NaN, or codes and scales do not belong together.
     """
     rows, columns = codes.shape[0], 2 * codes.shape[1]
-    _check_mxfp4(codes, scales)
+    check_mxfp4(codes, scales)
+    if bool((scales.view(torch.uint8) == E8M0_NAN).any()):
+        raise ValueError("FP4 is not exact in FP8: a scale is NaN")
     groups = codes.contiguous().view(torch.uint8).view(rows, -1, MXFP4.columns // 2)
     exponent = scales.view(torch.uint8).int()
     numbers = (groups & 0x77).amax(-1) > 0  # 0x77: without the signs, so that -0 is as little as 0
@@ -54,7 +56,10 @@ def expand_mxfp4(codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     return values, byte.to(torch.uint8).view(torch.float8_e8m0fnu)
 
 
-def _check_mxfp4(codes: Tensor, scales: Tensor) -> None:
+def check_mxfp4(codes: Tensor, scales: Tensor) -> None:
+    """Raise `ValueError` if shapes and dtypes are not those of MXFP4 [rows, columns]; meta tensors will do."""
+    if codes.dim() != 2:
+        raise ValueError(f"codes {tuple(codes.shape)} are not those of a matrix")
     shape = MXFP4.scale_shape((codes.shape[0], 2 * codes.shape[1]))
     if codes.dtype not in (torch.int8, torch.uint8) or scales.dtype != torch.float8_e8m0fnu:
         raise ValueError(f"{MXFP4} has int8 codes and float8_e8m0fnu scales, found {codes.dtype} and {scales.dtype}")
@@ -62,8 +67,6 @@ def _check_mxfp4(codes: Tensor, scales: Tensor) -> None:
         raise ValueError(
             f"codes {tuple(codes.shape)} of {MXFP4} need whole groups and scales {shape}, found {tuple(scales.shape)}"
         )
-    if bool((scales.view(torch.uint8) == E8M0_NAN).any()):
-        raise ValueError("FP4 is not exact in FP8: a scale is NaN")
 
 
 def _tiles(groups: Tensor) -> Tensor:
@@ -101,8 +104,7 @@ def to_fnuz(codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: the codes are not OCP e4m3, or a scale is 2^127 or more and cannot double.
     """
-    if codes.dtype != E4M3.storage:
-        raise ValueError(f"codes of {E4M3.name} are float8_e4m3fn, not {str(codes.dtype).removeprefix('torch.')}")
+    check_ocp(codes, scales)
     byte = codes.view(torch.uint8)
     moved = torch.where(byte & 0x7F == 0x7F, 0x80, torch.where(byte == 0x80, 0, byte)).to(torch.uint8)
     if scales.dtype == torch.float8_e8m0fnu:
@@ -115,6 +117,13 @@ def to_fnuz(codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
         if bool((doubled.isinf() & scales.isfinite()).any()):
             raise ValueError(f"a scale of {scales.max():g} cannot double")
     return moved.view(E4M3_FNUZ.storage), doubled
+
+
+def check_ocp(codes: Tensor, scales: Tensor) -> None:
+    """Raise `ValueError` if dtypes are not those of OCP e4m3 with scales; meta tensors will do."""
+    if codes.dtype != E4M3.storage:
+        raise ValueError(f"codes of {E4M3.name} are float8_e4m3fn, not {str(codes.dtype).removeprefix('torch.')}")
+    check_scales(scales)
 
 
 def hadamard_matrix(n: int) -> Tensor:

@@ -61,11 +61,15 @@ class Element:
         Raises:
             ValueError: the codes have another dtype: bytes of one dialect are never read as the other.
         """
-        if codes.dtype != self.storage and not (self.packed == 2 and codes.dtype == torch.uint8):
-            raise ValueError(f"codes of {self.name} are {_short(self.storage)}, not {_short(codes.dtype)}")
+        self.check_codes(codes)
         if codes.numel() < _MANY or self.dialect == "none":
             return self._values(codes)
         return self._look_up(codes)
+
+    def check_codes(self, codes: Tensor) -> None:
+        """Raise `ValueError` for codes of another dtype: bytes of one dialect are never read as the other."""
+        if codes.dtype != self.storage and not (self.packed == 2 and codes.dtype == torch.uint8):
+            raise ValueError(f"codes of {self.name} are {_short(self.storage)}, not {_short(codes.dtype)}")
 
     def _values(self, codes: Tensor) -> Tensor:
         return decode_e2m1(unpack_e2m1(codes)) if self.packed == 2 else codes.float()

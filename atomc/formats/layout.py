@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from atomc.formats.element import E4M3_FNUZ, E5M2_FNUZ, ELEMENTS, Element
-from atomc.formats.scale import Scale, block_scale, load_scale, store_scale
+from atomc.formats.scale import Scale, block_scale, check_scales, load_scale, store_scale
 
 _BLOCK: Final = re.compile(r"([1-9][0-9]*)x(\*|[1-9][0-9]*)")
 _BAND: Final = 1 << 20  # elements converted at a time: quantising needs the input, the output and little else
@@ -77,7 +77,9 @@ class Layout:
         return (*shape[:-2], -(-shape[-2] // self.rows), columns)
 
     def code_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of the stored codes of values of that shape."""
+        """Shape of the stored codes of values of that shape. Raises `ValueError` where pairs would be cut."""
+        if shape[-1] % self.element.packed:
+            raise ValueError(f"{shape[-1]} columns cannot be packed in pairs")
         return (*shape[:-1], shape[-1] // self.element.packed)
 
     @property
@@ -194,10 +196,10 @@ def scales_of(amax: Tensor, layout: Layout) -> Tensor:
 def _quantize_bands(x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
     """`quantize` a band of rows at a time."""
     shape = tuple(x.shape)
-    flat = _matrices(x, layout)
+    flat = matrices(x, layout)
     codes = flat.new_empty(layout.code_shape(tuple(flat.shape)), dtype=layout.element.storage)
     scales = flat.new_empty(layout.scale_shape(tuple(flat.shape)), dtype=layout.scale_dtype)
-    for m, rows, tiles in _bands(flat, layout):
+    for m, rows, tiles in bands(flat, layout):
         part = flat[m, rows].float()
         scale = scales_of(block_amax(part, layout), layout)
         scales[m, tiles] = store_scale(scale, layout.scale)
@@ -216,25 +218,36 @@ def dequantize(codes: Tensor, scales: Tensor, layout: Layout, dtype: torch.dtype
     Raises:
         ValueError: codes of another dtype or dialect, or scales of another shape or dtype than the layout's.
     """
-    shape = (*codes.shape[:-1], codes.shape[-1] * layout.element.packed)
-    flat = _matrices(codes, layout)
-    expected = layout.scale_shape(shape)
-    if tuple(scales.shape) != expected:
-        raise ValueError(f"{layout} of {shape} needs scales {expected}, found {tuple(scales.shape)}")
-    if (scales.dtype == torch.float8_e8m0fnu) != (layout.scale == "e8m0"):
-        raise ValueError(f"{layout} has {layout.scale} scales, found {str(scales.dtype).removeprefix('torch.')}")
+    flat, shape = matrices(codes, layout), check_pair(codes, scales, layout)
     factors = load_scale(scales)
     if layout.rows == 1 and codes.numel() <= _BAND:
         return (layout.element.decode(codes) * spread(factors, layout, 1, shape[-1])).to(dtype)
     factors = factors.reshape(layout.scale_shape((*flat.shape[:-1], shape[-1])))
     out = flat.new_empty((*flat.shape[:-1], shape[-1]), dtype=dtype)
-    for m, rows, tiles in _bands(flat, layout):
+    for m, rows, tiles in bands(flat, layout):
         values, scale = layout.element.decode(flat[m, rows]), factors[m, tiles]
         for (block, factor), (dest, _) in zip(
             _blocks(values, scale, layout), _blocks(out[m, rows], scale, layout), strict=True
         ):
             torch.mul(block, factor, out=dest)
     return out.view(shape)
+
+
+def check_pair(codes: Tensor, scales: Tensor, layout: Layout) -> tuple[int, ...]:
+    """Shape of the values of a pair; meta tensors will do.
+
+    Raises:
+        ValueError: codes of another dtype or dialect, or scales of another shape or dtype than the layout's.
+    """
+    layout.element.check_codes(codes)
+    shape = (*codes.shape[:-1], codes.shape[-1] * layout.element.packed)
+    expected = layout.scale_shape(shape)
+    if tuple(scales.shape) != expected:
+        raise ValueError(f"{layout} of {shape} needs scales {expected}, found {tuple(scales.shape)}")
+    check_scales(scales)
+    if (scales.dtype == torch.float8_e8m0fnu) != (layout.scale == "e8m0"):
+        raise ValueError(f"{layout} has {layout.scale} scales, found {str(scales.dtype).removeprefix('torch.')}")
+    return shape
 
 
 def spread(scale: Tensor, layout: Layout, rows: int, columns: int) -> Tensor:
@@ -247,7 +260,7 @@ def spread(scale: Tensor, layout: Layout, rows: int, columns: int) -> Tensor:
 # -- bands and blocks --------------------------------------------------------------------------------------------------
 
 
-def _matrices(x: Tensor, layout: Layout) -> Tensor:
+def matrices(x: Tensor, layout: Layout) -> Tensor:
     """x [..., rows, columns] as [matrices, rows, columns]; with blocks of one row all rows are those of one matrix."""
     if layout.rows > 1 and x.dim() < 2:
         raise ValueError(f"{layout} has blocks of {layout.rows} rows; {tuple(x.shape)} has no rows")
@@ -255,11 +268,11 @@ def _matrices(x: Tensor, layout: Layout) -> Tensor:
     return x.reshape(math.prod(lead), math.prod(x.shape[len(lead) : -1]), x.shape[-1])
 
 
-def _bands(flat: Tensor, layout: Layout) -> Iterator[tuple[int, slice, slice]]:
+def bands(flat: Tensor, layout: Layout) -> Iterator[tuple[int, slice, slice]]:
     """(matrix, rows, rows of scales) of bands of whole blocks of [matrices, rows, columns]."""
-    matrices, rows, columns = flat.shape
+    count, rows, columns = flat.shape
     tiles = max(1, _BAND // max(1, layout.rows * columns))
-    for m in range(matrices):
+    for m in range(count):
         for first in range(0, -(-rows // layout.rows), tiles):
             last = min(first + tiles, -(-rows // layout.rows))
             yield m, slice(first * layout.rows, last * layout.rows), slice(first, last)

@@ -64,14 +64,18 @@ def store_scale(scale: Tensor, kind: Scale) -> Tensor:
     return torch.where(scale.isfinite(), scale, torch.nan)
 
 
+def check_scales(stored: Tensor) -> None:
+    """Raise `ValueError` unless the dtype is one that scales are stored in."""
+    if stored.dtype not in (torch.float8_e8m0fnu, torch.float32, torch.bfloat16):
+        found = str(stored.dtype).removeprefix("torch.")
+        raise ValueError(f"scales are float8_e8m0fnu, float32 or bfloat16, not {found}")
+
+
 def load_scale(stored: Tensor) -> Tensor:
     """float32 values of stored scales: float8_e8m0fnu, float32, or bfloat16 (some Base releases).
 
     Raises:
         ValueError: any other dtype.
     """
-    if stored.dtype == torch.float8_e8m0fnu:
-        return decode_e8m0(stored)
-    if stored.dtype in (torch.float32, torch.bfloat16):
-        return stored.float()
-    raise ValueError(f"scales are float8_e8m0fnu, float32 or bfloat16, not {str(stored.dtype).removeprefix('torch.')}")
+    check_scales(stored)
+    return decode_e8m0(stored) if stored.dtype == torch.float8_e8m0fnu else stored.float()

@@ -10,7 +10,10 @@ from torch import Tensor
 
 from atomc.errors import RecipeError
 from atomc.formats import FP8_TILE, Layout, dequantize, expand_mxfp4, to_fnuz
-from atomc.formats.choice import quantize_with
+from atomc.formats.choice import check_method, quantize_with
+from atomc.formats.convert import check_mxfp4, check_ocp
+from atomc.formats.layout import check_pair
+from atomc.recipes.halves import Half, Halves
 from atomc.recipes.steps import (
     PREFIX,
     Cast,
@@ -33,25 +36,29 @@ from atomc.recipes.steps import (
 )
 
 
-def evaluate(recipe: Recipe, load: Callable[[str], Tensor]) -> Tensor:
+def evaluate(recipe: Recipe, load: Callable[[str], Tensor], halves: Halves | None = None) -> Tensor:
     """The tensor a recipe describes, contiguous. `load` gives a checkpoint tensor by name.
 
-    Streaming: beside the result it holds the inputs of one step; a `Stack` holds one part. Raises `RecipeError` if a
-    name still has its `{prefix}`, a source is missing (`load` raises KeyError), or a step does not fit its inputs.
+    Streaming: beside the result it holds the inputs of one step; a `Stack` holds one part. `halves` is for recipes that
+    are evaluated one after the other, so that a pair among them is made once. Raises `RecipeError` if a name still has
+    its `{prefix}`, a source is missing (`load` raises KeyError), or a step does not fit its inputs.
     """
-    return _evaluate(recipe, load).contiguous()
+    return _evaluate(recipe, load, Halves([recipe]) if halves is None else halves).contiguous()
 
 
-def _evaluate(recipe: Recipe, load: Callable[[str], Tensor]) -> Tensor:
+def _evaluate(recipe: Recipe, load: Callable[[str], Tensor], halves: Halves) -> Tensor:
     match recipe:
         case Load(name=name):
             return _load(name, load)
         case Stack():
-            return _stack(recipe, load)
+            return _stack(recipe, load, halves)
         case _:
-            inputs = [_evaluate(child, load) for child in children(recipe)]
+            half = recipe if isinstance(recipe, Half) else None
+            if half is not None and (held := halves.take(half)) is not None:
+                return held
+            inputs = [_evaluate(child, load, halves) for child in children(recipe)]
             try:
-                return _apply(recipe, inputs)
+                return _apply(recipe, inputs) if half is None else halves.part(half, _pair(half, inputs))
             except (RuntimeError, ValueError, IndexError) as error:
                 raise _misfit(recipe, [tuple(t.shape) for t in inputs], str(error)) from error
 
@@ -65,10 +72,10 @@ def _load(name: str, load: Callable[[str], Tensor]) -> Tensor:
         raise RecipeError(f"recipe source {name!r} is not in the checkpoint") from error
 
 
-def _stack(recipe: Stack, load: Callable[[str], Tensor]) -> Tensor:
+def _stack(recipe: Stack, load: Callable[[str], Tensor], halves: Halves) -> Tensor:
     out: Tensor | None = None
     for index, part_recipe in enumerate(recipe.parts):
-        part = _evaluate(part_recipe, load)
+        part = _evaluate(part_recipe, load, halves)
         if out is None:
             out = _stacked_like(part, recipe)
         slot = out.select(recipe.dim, index)
@@ -89,16 +96,19 @@ def _stacked_like(part: Tensor, recipe: Stack) -> Tensor:
     return torch.empty([*part.shape[:at], len(recipe.parts), *part.shape[at:]], dtype=part.dtype)
 
 
+def _pair(half: Half, inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Codes and scales."""
+    if isinstance(half, Quantize):
+        importance = inputs[1] if len(inputs) > 1 else None
+        return quantize_with(inputs[0], Layout.parse(half.layout), half.method, importance)
+    return (expand_mxfp4 if half.to == "fp8_tile" else to_fnuz)(inputs[0], inputs[1])
+
+
 def _apply(recipe: Recipe, inputs: list[Tensor]) -> Tensor:
-    """One step other than Load and Stack on its evaluated inputs."""
+    """One step that gives one tensor, other than Load and Stack, on its evaluated inputs."""
     match recipe:
         case Dequantize(layout=layout, dtype=dtype):
             return dequantize(inputs[0], inputs[1], Layout.parse(layout), torch_dtype(dtype))
-        case Quantize(layout=layout, part=part, method=method):
-            importance = inputs[1] if len(inputs) > 1 else None
-            return quantize_with(inputs[0], Layout.parse(layout), method, importance)[part == "scales"]
-        case Convert(to=to, part=part):
-            return (expand_mxfp4 if to == "fp8_tile" else to_fnuz)(inputs[0], inputs[1])[part == "scales"]
         case Repeat(times=times, length=length):
             repeated = inputs[0].repeat_interleave(times, 0)
             if not repeated.shape[0] >= length > repeated.shape[0] - times:
@@ -121,7 +131,7 @@ def _apply(recipe: Recipe, inputs: list[Tensor]) -> Tensor:
         case Constant(values=values, shape=shape, dtype=dtype):
             literal = torch.tensor(values, dtype=torch_dtype(dtype))
             return literal.expand(shape) if len(values) == 1 else literal.reshape(shape)
-        case Load() | Stack():
+        case Load() | Stack() | Quantize() | Convert():
             raise AssertionError(f"{type(recipe).__name__} is evaluated on its own")
         case _:
             assert_never(recipe)
@@ -166,22 +176,20 @@ def _abstract(recipe: Recipe, load: Callable[[str], Tensor]) -> Tensor:
 
 def _converted(recipe: Dequantize | Quantize | Convert, inputs: list[Tensor]) -> Tensor:
     """The result of a change of format, as a meta tensor."""
-    first = tuple(inputs[0].shape)
+    if isinstance(recipe, Dequantize):
+        shape = check_pair(inputs[0], inputs[1], Layout.parse(recipe.layout))
+        return torch.empty(shape, dtype=torch_dtype(recipe.dtype), device="meta")
     if isinstance(recipe, Quantize):
-        layout = Layout.parse(recipe.layout)
-        return _part(layout, first, recipe.part)
-    if isinstance(recipe, Convert):
-        if recipe.to == "fp8_tile":
-            return _part(FP8_TILE, (*first[:-1], 2 * first[-1]), recipe.part)
-        return torch.empty_like(inputs[1]) if recipe.part == "scales" else inputs[0].to(torch.float8_e4m3fnuz)
-    layout = Layout.parse(recipe.layout)
-    shape = (*first[:-1], first[-1] * layout.element.packed)
-    if (expected := layout.scale_shape(shape)) != tuple(inputs[1].shape):
-        raise ValueError(f"scales {tuple(inputs[1].shape)} where {expected} are needed")
-    return torch.empty(shape, dtype=torch_dtype(recipe.dtype), device="meta")
+        check_method(inputs[0], recipe.method, inputs[1] if len(inputs) > 1 else None)
+        return _part(Layout.parse(recipe.layout), tuple(inputs[0].shape), recipe.part)
+    if recipe.to == "fp8_tile":
+        check_mxfp4(inputs[0], inputs[1])
+        return _part(FP8_TILE, (inputs[0].shape[0], 2 * inputs[0].shape[1]), recipe.part)
+    check_ocp(inputs[0], inputs[1])
+    return torch.empty_like(inputs[1]) if recipe.part == "scales" else inputs[0].to(torch.float8_e4m3fnuz)
 
 
 def _part(layout: Layout, shape: tuple[int, ...], part: str) -> Tensor:
-    if part == "scales":
-        return torch.empty(layout.scale_shape(shape), dtype=layout.scale_dtype, device="meta")
-    return torch.empty(layout.code_shape(shape), dtype=layout.element.storage, device="meta")
+    codes = torch.empty(layout.code_shape(shape), dtype=layout.element.storage, device="meta")
+    scales = torch.empty(layout.scale_shape(shape), dtype=layout.scale_dtype, device="meta")
+    return scales if part == "scales" else codes

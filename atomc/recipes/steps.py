@@ -20,7 +20,7 @@ PREFIX: Final = "{prefix}"
 
 DType: TypeAlias = Literal[
     "float32", "bfloat16", "float16", "int64", "int32", "int8", "uint8", "float8_e4m3fn", "float8_e4m3fnuz",
-    "float8_e5m2", "float8_e8m0fnu",
+    "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu",
 ]  # fmt: skip
 Part: TypeAlias = Literal["codes", "scales"]
 Method: TypeAlias = Literal["amax", "mse"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -38,6 +40,46 @@ def test_no_block_is_worse_than_with_the_scale_that_fits(layout: Layout, weighte
         assert float(b.sum()) < 0.999 * float(a.sum())
     ratio = load_scale(best[1]) / load_scale(fitting[1])
     assert bool((ratio < (2 if layout.scale == "float32" else 1 + 1e-6)).all())
+
+
+def candidates(fitting: float, layout: Layout) -> list[float]:
+    """The scales a block may take, as the module states them."""
+    if layout.scale != "float32":
+        return [fitting, max(fitting / 2, 2.0**-126)]
+    shrunk = [float(torch.tensor(fitting) * factor) for factor in (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6)]
+    return [*shrunk, 2.0 ** math.ceil(math.log2(fitting))]
+
+
+def loss(block: Tensor, scale: float, grid: Tensor, importance: Tensor) -> float:
+    """Of the nearest number of the grid for each value, every number tried, in float64."""
+    scaled = (block / torch.tensor(scale)).double()  # the quotient is a float32, as in the conversion
+    nearest = grid[(scaled[..., None] - grid).abs().argmin(-1)]
+    return float(((nearest * scale - block.double()).square() * importance).sum())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_each_block_has_the_best_candidate(layout: Layout, weighted: bool) -> None:
+    """Ragged blocks too. The tolerance is that of float32 sums of at most 2^14 terms: 2^14 x 2^-24."""
+    x = torch.randn(133, 160) * torch.rand(133, 1).exp2() * 3
+    x[:, ::17] *= 20
+    importance = torch.rand(160) * (torch.rand(160) > 0.3) if weighted else torch.ones(160)
+    every = torch.arange(256, dtype=torch.uint8).view(layout.element.storage)[:, None]
+    grid = layout.element.decode(every).flatten().double()
+    grid = grid[grid.isfinite() & (grid.abs() <= layout.element.largest)].unique()
+    fitting = load_scale(quantize(x, layout)[1])
+    _, scales = quantize_with(x, layout, "mse", importance if weighted else None)
+    rows, columns = layout.rows, layout.columns or x.shape[1]
+    shrunk = 0
+    for i, row in enumerate(load_scale(scales).tolist()):
+        for j, chosen in enumerate(row):
+            at = slice(i * rows, (i + 1) * rows), slice(j * columns, (j + 1) * columns)
+            legal = candidates(float(fitting[i, j]), layout)
+            losses = [loss(x[at], scale, grid, importance[at[1]].double()) for scale in legal]
+            assert chosen in legal
+            assert losses[legal.index(chosen)] <= min(losses) * (1 + 2**-10)
+            shrunk += chosen != legal[0]
+    assert shrunk or layout.element.name == "e4m3"
 
 
 @pytest.mark.parametrize("layout", LAYOUTS[:3], ids=str)

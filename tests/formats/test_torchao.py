@@ -19,10 +19,9 @@ from atomc.formats.element import decode_e2m1, encode_e2m1, pack_e2m1, unpack_e2
 from atomc.formats.scale import load_scale
 from tests.support.tiny import same_bits
 
-kernels: Any = pytest.importorskip(
-    "torchao.prototype.mx_formats.kernels", reason="torchao (the dev extra) is not installed", exc_type=ImportError
-)
-mx: Any = pytest.importorskip("torchao.prototype.mx_formats.mx_tensor", exc_type=ImportError)
+WHY = "torchao's MX formats cannot be imported; the dev extra installs the release that has them"
+kernels: Any = pytest.importorskip("torchao.prototype.mx_formats.kernels", reason=WHY, exc_type=ImportError)
+mx: Any = pytest.importorskip("torchao.prototype.mx_formats.mx_tensor", reason=WHY, exc_type=ImportError)
 
 PATTERNS = torch.arange(-(1 << 15), 1 << 15).to(torch.int16)
 DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2, "e2m1": torch.float4_e2m1fn_x2}
