@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from atomc.artifact.plan import RegionPlan, Step
-from atomc.codegen.kernels import has_kernel
+from atomc.codegen.hosts import has_kernel
 from atomc.errors import AtomcError
 from atomc.targets import Target
 

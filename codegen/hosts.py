@@ -1,0 +1,52 @@
+"""Which operator has kernels: the host function of each, found when it is first needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any, Final
+
+from atomc.targets import Target
+
+Host = Callable[..., Any]
+# operator of a plan's step -> module in codegen/kernels and the function in it
+HOSTS: Final = {
+    "atom.scaled_grouped_output.default": ("scaled_gemm", "scaled_grouped_output"),
+    "atom.scaled_linear.default": ("scaled_gemm", "scaled_linear"),
+}
+
+
+def host_of(op: str, target: Target) -> Host | None:
+    """The host function of an operator, named as in a plan's step; None where the target has no kernel for it."""
+    if not target.is_gpu or op not in HOSTS:
+        return None
+    module, name = HOSTS[op]
+    host: Host = getattr(import_module(f"atomc.codegen.kernels.{module}"), name)
+    return host
+
+
+# What torch's own, precompiled kernels do on a GPU: a few numbers of a step (angles, indexes), casts when weights are
+# loaded. None of them is on the path of a layer's weights.
+LIBRARY: Final = frozenset(
+    {
+        "aten.add.Tensor",
+        "aten.clamp.default",
+        "aten.contiguous.default",
+        "aten.cos.default",
+        "aten.embedding.default",
+        "aten.eye.default",
+        "aten.index.Tensor",
+        "aten.linear.default",
+        "aten.mul.Tensor",
+        "aten.reshape.default",
+        "aten.sin.default",
+        "aten.sub.Tensor",
+        "aten.to.dtype",
+        "aten.zeros.default",
+    }
+)
+
+
+def has_kernel(op: str, target: Target) -> bool:
+    """Whether a GPU target can run an operator, named as in a plan's step: a kernel of ours, or torch's."""
+    return target.is_gpu and (op in HOSTS or op in LIBRARY)
