@@ -15,6 +15,7 @@ from atomc.artifact.store import ArtifactError
 from atomc.ops import Batch
 from atomc.runtime.bind import BoundStep, Environment, Sizes
 from atomc.runtime.errors import BatchError, ServingError
+from atomc.runtime.gpu import Gpu, LaunchStep, on_device
 from atomc.runtime.loader import LoadedArtifact, load
 
 
@@ -50,7 +51,12 @@ class BoundCall:
     """One call of the program: its region's steps, and an environment with weights, state and constants in place."""
 
     def __init__(
-        self, call: CallPlan, plan: RegionPlan, weights: Mapping[str, Tensor], states: Mapping[str, Tensor]
+        self,
+        call: CallPlan,
+        plan: RegionPlan,
+        weights: Mapping[str, Tensor],
+        states: Mapping[str, Tensor],
+        gpu: Gpu | None = None,
     ) -> None:
         self.plan = plan
         self.fixed: Environment = [None] * len(plan.slots)
@@ -68,7 +74,10 @@ class BoundCall:
                     self.values.append((item.slot, call.binds.get(item.name, item.name)))
         for step in plan.prepare:
             BoundStep(step, self.fixed).run(self.fixed, {})
-        self.steps = [BoundStep(step, self.fixed) for step in plan.steps]
+        self.steps = [
+            LaunchStep(step, plan, gpu) if gpu is not None and step.buckets else BoundStep(step, self.fixed)
+            for step in plan.steps
+        ]
         self.outputs = list(plan.outputs.items())
 
     def run(self, batch: Mapping[str, Tensor], values: dict[str, Tensor], sizes: Sizes, watch: Watch | None) -> None:
@@ -101,7 +110,7 @@ class BoundCall:
 
 
 class Executor:
-    """Runs steps of a loaded artifact on the cpu target.
+    """Runs steps of a loaded artifact, on the cpu or on a GPU.
 
     Attributes:
         serving: what batches must look like. pools: sizes of the state pools.
@@ -114,10 +123,14 @@ class Executor:
         self.pools = pools
         self.num_blocks, self.num_window_pages, self.num_slots = pools.blocks, pools.window_pages, pools.slots
         self.bounds = artifact.program.symbols
-        self.states = allocate(artifact.program.states, pools)
-        self.calls = [
-            BoundCall(c, artifact.regions[c.region], artifact.weights, self.states) for c in artifact.program.calls
-        ]
+        self.gpu = None if artifact.manifest.target == "cpu" else Gpu(artifact.folder, artifact.program.arena_bytes)
+        self.device = torch.device("cpu") if self.gpu is None else self.gpu.device
+        weights = artifact.weights if self.gpu is None else on_device(artifact.weights, self.device)
+        with self.device:
+            self.states = allocate(artifact.program.states, pools)
+            self.calls = [
+                BoundCall(c, artifact.regions[c.region], weights, self.states, self.gpu) for c in artifact.program.calls
+            ]
         self.rehearse()
 
     @classmethod
@@ -150,9 +163,15 @@ class Executor:
         sizes = self._sizes(batch)
         fields = batch._asdict()
         values: dict[str, Tensor] = {}
-        for call in self.calls:
-            call.run(fields, values, sizes, watch)
-        return values["logits"]
+        if self.gpu is None:
+            for call in self.calls:
+                call.run(fields, values, sizes, watch)
+            return values["logits"]
+        fields = on_device(fields, self.device)
+        with self.device:
+            for call in self.calls:
+                call.run(fields, values, sizes, watch)
+        return values["logits"].cpu()
 
     def rehearse(self) -> None:
         """Run one token in the reserved page and block, and forget it: a first run, and a proof of the plan.
