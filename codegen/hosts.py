@@ -9,11 +9,25 @@ from typing import Any, Final
 from atomc.targets import Target
 
 Host = Callable[..., Any]
-# operator of a plan's step -> module in codegen/kernels and the function in it
-HOSTS: Final = {
-    "atom.scaled_grouped_output.default": ("scaled_gemm", "scaled_grouped_output"),
-    "atom.scaled_linear.default": ("scaled_gemm", "scaled_linear"),
-}
+# module in codegen/kernels -> the operators of `atomc.ops` whose host functions it has, under their own names
+FAMILIES: Final = {
+    "attention": (
+        "sparse_attention", "sparse_attention_inverse_rope", "sparse_attention_inverse_rope_quant",
+    ),
+    "cache": ("cache_insert", "pack_rows", "packed_insert", "qk_norm_rope_insert"),
+    "compressor": ("compressor_pool_norm_rope_insert", "compressor_update"),
+    "hyper_connection": (
+        "hc_head", "hc_head_norm", "hc_post", "hc_post_pre_norm", "hc_post_pre_norm_quant", "hc_pre", "hc_pre_norm",
+    ),
+    "indexer": ("index_rope_topk", "index_topk"),
+    "moe": ("scaled_moe_experts",),
+    "norm": ("rms_norm", "rms_norm_pair", "rms_norm_pair_quant", "rope"),
+    "quantize": ("hadamard", "quantize"),
+    "router": ("route_hash", "route_topk"),
+    "scaled_gemm": ("scaled_grouped_output", "scaled_linear"),
+    "swiglu": ("swiglu", "swiglu_quant"),
+}  # fmt: skip
+HOSTS: Final = {f"atom.{op}.default": (module, op) for module, ops in FAMILIES.items() for op in ops}
 
 
 def host_of(op: str, target: Target) -> Host | None:
