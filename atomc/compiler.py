@@ -28,6 +28,7 @@ from atomc.codegen.aot import Binary, build_all, default_store
 from atomc.codegen.device import Variant
 from atomc.codegen.lower import Lowering
 from atomc.codegen.missing import missing_kernels, refuse
+from atomc.codegen.source import source_of
 from atomc.errors import AtomcError
 from atomc.models.deepseek_v4.config import DeepseekV4Config
 from atomc.models.deepseek_v4.promises import Rounded, promised_matches
@@ -163,14 +164,15 @@ def compile_model(
     regions = {name: plan for name, (plan, _) in lowered.items()}
     if missing := [m for region in regions.values() for m in missing_kernels(region, target)]:
         raise refuse(missing, target)
-    kernels = build_kernels({k: v for _, made in lowered.values() for k, v in made.items()}, target, progress)
+    variants = {k: v for _, made in lowered.values() for k, v in made.items()}
+    kernels = build_kernels(variants, target, progress)
     plan = link(program, compiled, regions, serving)
     with Packing(output) as packing, writing(output) as folder:
         recipes = {c.region.name: named_recipes(c) for c in compiled}
         packed = pack_weights(source, quantisation, options, program, recipes, packing, folder / "weights", progress)
         write_plan(folder / "plan", plan, regions)
         for name, binary in sorted(kernels.items()):
-            write_kernel(folder, name, binary.data, binary.facts)
+            write_kernel(folder, name, binary.data, binary.facts, source_of(variants[name].kernel))
         write_graphs(folder / "graph", compiled)
         copy_model_files(source, folder)
         (folder / "explain.json").write_bytes(encode(explanation))

@@ -25,6 +25,7 @@ import msgspec
 
 from atomc.artifact.kernels import KernelFacts
 from atomc.codegen.device import Variant
+from atomc.codegen.source import kernel_of, source_of
 from atomc.errors import AtomcError
 from atomc.targets import Target, get_target
 
@@ -210,12 +211,13 @@ def build_all(
 
 
 def _portable(variant: Variant) -> tuple[Any, ...]:
-    """A variant by names: a Triton function is found again in another process by its module."""
+    """A variant by names: another process finds a Triton function by its module, or makes it again from its text."""
     fn = variant.kernel.fn
-    return (fn.__module__, fn.__name__, variant.signature, variant.constants, variant.warps, variant.stages,
-            variant.aligned)  # fmt: skip
+    return (source_of(variant.kernel), fn.__module__, fn.__name__, variant.signature, variant.constants, variant.warps,
+            variant.stages, variant.aligned)  # fmt: skip
 
 
 def _worker(portable: tuple[Any, ...], target: str) -> Binary:
-    module, name, *rest = portable
-    return build(Variant(getattr(import_module(module), name), *rest), get_target(target))
+    source, module, name, *rest = portable
+    kernel = kernel_of(source, name) if source else getattr(import_module(module), name)
+    return build(Variant(kernel, *rest), get_target(target))

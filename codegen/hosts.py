@@ -24,10 +24,14 @@ FAMILIES: Final = {
     "norm": ("rms_norm", "rms_norm_pair", "rms_norm_pair_quant", "rope"),
     "quantize": ("hadamard", "quantize"),
     "router": ("route_hash", "route_topk"),
+    "gemm": ("linear_fp32",),
     "scaled_gemm": ("scaled_grouped_output", "scaled_linear"),
     "swiglu": ("swiglu", "swiglu_quant"),
 }  # fmt: skip
-HOSTS: Final = {f"atom.{op}.default": (module, op) for module, ops in FAMILIES.items() for op in ops}
+HOSTS: Final = {f"atom.{op}.default": (f"kernels.{module}", op) for module, ops in FAMILIES.items() for op in ops} | {
+    "aten.linear.default": ("kernels.gemm", "linear"),
+    "atom.pointwise.default": ("pointwise", "pointwise"),
+}
 
 
 def host_of(op: str, target: Target) -> Host | None:
@@ -35,32 +39,14 @@ def host_of(op: str, target: Target) -> Host | None:
     if not target.is_gpu or op not in HOSTS:
         return None
     module, name = HOSTS[op]
-    host: Host = getattr(import_module(f"atomc.codegen.kernels.{module}"), name)
+    host: Host = getattr(import_module(f"atomc.codegen.{module}"), name)
     return host
 
 
-# What torch's own, precompiled kernels do on a GPU: a few numbers of a step (angles, indexes), casts when weights are
-# loaded. None of them is on the path of a layer's weights.
-LIBRARY: Final = frozenset(
-    {
-        "aten.add.Tensor",
-        "aten.clamp.default",
-        "aten.contiguous.default",
-        "aten.cos.default",
-        "aten.embedding.default",
-        "aten.eye.default",
-        "aten.index.Tensor",
-        "aten.linear.default",
-        "aten.mul.Tensor",
-        "aten.reshape.default",
-        "aten.sin.default",
-        "aten.sub.Tensor",
-        "aten.to.dtype",
-        "aten.zeros.default",
-    }
-)
+# What torch does on a GPU when weights are loaded, once: casts.
+PREPARES: Final = frozenset({"aten.contiguous.default", "aten.reshape.default", "aten.to.dtype"})
 
 
 def has_kernel(op: str, target: Target) -> bool:
-    """Whether a GPU target can run an operator, named as in a plan's step: a kernel of ours, or torch's."""
-    return target.is_gpu and (op in HOSTS or op in LIBRARY)
+    """Whether a GPU target has a kernel for an operator, named as in a plan's step."""
+    return target.is_gpu and op in HOSTS

@@ -15,14 +15,17 @@ import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
+from atomc.artifact.buffers import of_bucket
 from atomc.artifact.expr import ExpressionError, evaluate, parse
 from atomc.artifact.plan import (
     SYMBOLS,
@@ -40,7 +43,7 @@ from atomc.artifact.plan import (
 )  # fmt: skip
 from atomc.codegen.device import Variant
 from atomc.codegen.hosts import Host, host_of
-from atomc.codegen.launches import argument, kernel_key, place, record
+from atomc.codegen.launches import argument, differs, kernel_key, place, record
 from atomc.codegen.liveness import Value, finish
 from atomc.errors import AtomcError
 from atomc.targets import Target
@@ -132,29 +135,31 @@ class Lowering:
         return [] if host is None else [self._bucket(node, host, tokens, results) for tokens in self.tokens]
 
     def _bucket(self, node: Node, host: Host, tokens: int, results: list[int | None]) -> Bucket:
-        values = [a.meta["val"] if isinstance(a, Node) else a for a in node.args]
-        mode = next(v.fake_mode for v in values if isinstance(v, FakeTensor))
+        tensors = [n for n in node.all_input_nodes if isinstance(n.meta["val"], FakeTensor)]
+        values = [map_arg(a, lambda n: n.meta["val"]) for a in node.args]
         try:
-            made = record(host, values, dict(node.kwargs), self.target, tokens, mode)
+            made = record(host, values, dict(node.kwargs), self.target, tokens, tensors[0].meta["val"].fake_mode)
         except (RuntimeError, TypeError, ValueError, AssertionError) as error:
             raise self._error(node, f"its kernel for {self.target.name} takes no such call: {error}") from error
-        slots = {place(v): self.ids[a] for a, v in zip(node.args, values, strict=True) if isinstance(v, Tensor)}  # type: ignore[index]
+        slots = {place(n.meta["val"]): self.ids[n] for n in tensors}
         slots |= {place(v): slot for v, slot in zip(made.results, results, strict=True) if slot is not None}
         scratch: list[int] = []
-        bounds = {**self.bounds, "T": min(self.bounds["T"], tokens)}
+        most = of_bucket(self.bounds, tokens)
         for value in made.allocated:
             if place(value) not in slots:
-                slots[place(value)] = self._scratch(f"{node.name}_scratch", value, node, bounds)
+                slots[place(value)] = self._scratch(f"{node.name}_scratch", value, node, most)
                 scratch.append(slots[place(value)])
+        size_of = partial(self._size, node=node)
         launches = []
         for variant, grid, arguments in made.launches:
             name = kernel_key(variant, self.target)
             self.variants[name] = variant
-            sizes = [self._size(g, node) for g in grid]
-            launches.append(
-                Launch(name, [s.expr if isinstance(s, Size) else s for s in sizes],
-                       [argument(a, slots, lambda size: self._size(size, node)) for a in arguments])
-            )  # fmt: skip
+            sizes = [s.expr if isinstance(s, Size) else s for s in map(size_of, grid)]
+            launches.append(Launch(name, sizes, [argument(a, slots, size_of) for a in arguments]))
+        # Not of size 1: a dim of it that is known would be one that is broadcast.
+        for symbols in ({name: max(size, 2) for name, size in most.items()}, dict.fromkeys(most, 2)):
+            if found := differs(launches, host, values, dict(node.kwargs), self.target, tokens, size_of, symbols):
+                raise self._error(node, f"its launches do not follow the sizes: {found}")
         return Bucket(tokens, launches, scratch)
 
     def _scratch(self, name: str, value: Tensor, node: Node, bounds: Mapping[str, int]) -> int:

@@ -214,6 +214,8 @@ class Executor:
                     f"a step has {symbol} = {sizes[symbol]}; the artifact is compiled for 1 to {self.bounds[symbol]}."
                 )
         tokens, requests = sizes["T"], sizes["B"]
+        if sizes["L"] > tokens:
+            raise BatchError(f"a step of {tokens} tokens has {sizes['L']} rows of logits; there is one for each token.")
         expected = (
             (tokens,), (tokens,), (tokens,), (requests + 1,), (requests,),
             (requests, self.serving.window_table_width), (requests, self.serving.block_table_width),

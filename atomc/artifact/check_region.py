@@ -8,7 +8,7 @@ from typing import Any, Final
 import torch
 
 import atomc.ops  # noqa: F401  defines torch.ops.atom
-from atomc.artifact.buffers import aligned, slot_bytes
+from atomc.artifact.buffers import aligned, of_bucket, slot_bytes
 from atomc.artifact.check_layouts import check_layouts, check_results
 from atomc.artifact.expr import ExpressionError, evaluate, parse
 from atomc.artifact.plan import ALIGNMENT, DTYPE_BYTES, SYMBOLS, Arg, DType, RegionPlan, Size, Slot, SlotInfo, Step
@@ -358,7 +358,7 @@ def _arena(problems: Problems, region: RegionPlan, batch: object, bounds: Mappin
             problems.add(where, f"offset {info.offset}; it {'needs' if needs else 'must not have'} one")
         if not needs or info.offset is None:
             continue
-        most = {**bounds, "T": min(bounds["T"], tokens.get(at, bounds["T"]))}  # scratch: of its bucket
+        most = of_bucket(bounds, tokens[at]) if at in tokens else bounds  # scratch: of its bucket
         start, end = info.offset, info.offset + aligned(slot_bytes(info, most))
         if start < 0 or start % ALIGNMENT:
             problems.add(where, f"offset {start} is no multiple of {ALIGNMENT}")

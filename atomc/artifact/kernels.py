@@ -1,4 +1,7 @@
-"""Kernels of an artifact: `kernels/KEY.bin`, a code object, and `kernels/KEY.json`, what is known of it."""
+"""Kernels of an artifact: `kernels/KEY.bin`, a code object, and `kernels/KEY.json`, what is known of it.
+
+A generated kernel has its source beside it, `kernels/KEY.py`, for readers.
+"""
 
 from __future__ import annotations
 
@@ -35,13 +38,15 @@ class KernelFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     constants: dict[str, str]
 
 
-def write_kernel(folder: Path, key: str, data: bytes, facts: KernelFacts) -> None:
-    """Write a code object and its facts into `folder/kernels`."""
+def write_kernel(folder: Path, key: str, data: bytes, facts: KernelFacts, source: str = "") -> None:
+    """Write a code object, its facts and, of a generated kernel, its source into `folder/kernels`."""
     from atomc.artifact.store import encode
 
     (folder / FOLDER).mkdir(exist_ok=True)
     (folder / FOLDER / f"{key}.bin").write_bytes(data)
     (folder / FOLDER / f"{key}.json").write_bytes(encode(facts))
+    if source:
+        (folder / FOLDER / f"{key}.py").write_text(source, encoding="utf-8")
 
 
 def read_kernels(folder: Path) -> dict[str, KernelFacts]:

@@ -1,4 +1,4 @@
-"""What kernels share: scales as powers of two, E8M0 and E2M1 decoding, inside a kernel (spec 3.2, 3.4)."""
+"""What kernels share, inside a kernel: scales as powers of two, E8M0 and E2M1 decoding, cosines (spec 2.2, 3.2)."""
 
 from __future__ import annotations
 
@@ -34,12 +34,6 @@ def e8m0_value(byte):
 
 
 @triton.jit
-def group_scale(amax, FLOOR: tl.constexpr, TOP: tl.constexpr):
-    """The scale of groups with those largest magnitudes: a power of two, rounded up (spec 3.4)."""
-    return power_of_two_above(tl.math.div_rn(tl.maximum(amax, FLOOR), TOP + 0.0 * amax))
-
-
-@triton.jit
 def e2m1_value(code):
     """float32 of e2m1 codes 0 .. 15 (integers): magnitudes 0, .5, 1, 1.5, 2, 3, 4, 6; bit 3 is the sign."""
     c = code.to(tl.int32)
@@ -47,3 +41,34 @@ def e2m1_value(code):
     # As a float32: exponent field and a mantissa bit moved into place, times 2^126; 0.5, a subnormal, comes out right.
     bits = (magnitude << 22) | ((c & 8) << 28)
     return bits.to(tl.float32, bitcast=True) * 8.507059173023462e37  # 2^126
+
+
+@triton.jit
+def turn(theta):
+    """cos and sin of fp32 angles below 2^28, off by less than 2e-7.
+
+    The compiler's own are as accurate, but keep a table in memory for arguments that do not occur here. Quarter turns
+    are taken off in fp64, for a few numbers a token.
+    """
+    wide = theta.to(tl.float64)
+    k = tl.floor(wide * 0.6366197723675814 + 0.5)
+    r = (wide - k * 1.5707963267948966).to(tl.float32)
+    z = r * r
+    s = r + r * z * (-1.6666654611e-1 + z * (8.3321608736e-3 + z * -1.9515295891e-4))
+    c = 1.0 - 0.5 * z + z * z * (4.166664568298827e-2 + z * (-1.388731625493765e-3 + z * 2.443315711809948e-5))
+    quarter = k.to(tl.int32)
+    odd = (quarter & 1) == 1
+    cos, sin = tl.where(odd, s, c), tl.where(odd, c, s)
+    return tl.where(((quarter + 1) & 2) == 2, -cos, cos), tl.where((quarter & 2) == 2, -sin, sin)
+
+
+@triton.jit
+def cosine(theta):
+    """The cosine, see `turn`."""
+    return turn(theta)[0]
+
+
+@triton.jit
+def sine(theta):
+    """The sine, see `turn`."""
+    return turn(theta)[1]

@@ -164,7 +164,7 @@ def score_rows(
     PAGE_BYTES: tl.constexpr, BODY: tl.constexpr, SCALE_BYTES: tl.constexpr, GROUP: tl.constexpr,
     ELEMENT: tl.constexpr, SCALE: tl.constexpr,
 ):  # fmt: skip
-    """Scores, rows of 16 WIDTH, of tokens first .. last against the rows that they see (spec 6.1 K13).
+    """Scores, rows of 16 WIDTH, of tokens from `first` on, below `last`, against the rows that they see (spec 6.1 K13).
 
     A program takes BT tokens, request by request, and of a request's tiles of BN rows every num_programs(1)-th.
     """
@@ -216,7 +216,8 @@ def _turned(
         **(layout_constants(layout, d) if layout else none),
     }  # fmt: skip
     args = {"q": q, "cos": cos, "sin": sin, "positions": positions, "out": out, "T": t}
-    device.launch(turn_queries, (min(t, 2 * device.target.compute_units),), args, constants, warps=8)
+    most = 2 * device.target.compute_units
+    device.launch(turn_queries, (t if device.tokens <= most else most,), args, constants, warps=8)
     return out
 
 
@@ -244,15 +245,16 @@ def _best_rows(
         "TOPK": topk, "BT": bt, "BN": bn, "HALVES": known["ELEMENT"] == "e2m1",
         "DTYPE": tl.bfloat16 if exact else tl.float32, **{name: known[name] for name in names},
     }  # fmt: skip
-    scores = device.empty((min(t, step), padded(limit)), torch.float32)
-    for first in range(0, t, step):
-        last = min(first + step, t)
-        programs = cdiv(4 * device.target.compute_units, cdiv(min(device.tokens, step), bt))
-        grid = (cdiv(last - first, bt), max(min(programs, cdiv(limit, bn)), 1))
-        given = {**args, "scores": scores, "first": first, "last": last}
+    # How often is a matter of the bucket, not of this step's tokens: where `first` is beyond them nothing is done.
+    held = t if device.tokens <= step else step
+    scores = device.empty((held, padded(limit)), torch.float32)
+    programs = cdiv(4 * device.target.compute_units, cdiv(min(device.tokens, step), bt))
+    grid = (cdiv(held, bt), max(min(programs, cdiv(limit, bn)), 1))
+    for first in range(0, device.tokens, step):
+        given = {**args, "scores": scores, "first": first, "last": t}
         given = {name: given[name] for name in score_rows.arg_names[:14]}
         device.launch(score_rows, grid, given, constants, warps=warps, stages=2 if blackwell else 3)
-        top_rows(device, scores[: last - first], positions, first, limit, ratio, topk, out)
+        top_rows(device, scores, positions, first, limit, ratio, topk, out)
     return out
 
 

@@ -195,10 +195,10 @@ class Sorted:
     tiles: int
 
 
-def most_tiles(pairs: int, experts: int, bm: int) -> int:
-    """The most tiles of bm rows that `pairs` pairs of so many experts can need."""
-    hit = min(pairs, experts)
-    return hit + (pairs - hit) // bm
+def most_tiles(device: Device, pairs: int, choices: int, experts: int, bm: int) -> int:
+    """No fewer than the tiles of bm rows of `pairs` pairs, `choices` a token: one for each pair, or for each expert
+    and for each bm pairs, whichever is less for the bucket."""
+    return pairs if device.tokens * choices <= experts else experts + pairs // bm
 
 
 def padded(k: int) -> int:
@@ -222,7 +222,7 @@ def sort(
     """Pairs by expert, and x [T, K] as a product of that kind reads it."""
     t, choices = indices.shape
     k = codes.shape[-1] * layout.element.packed
-    pairs, kp, most = t * choices, padded(k), most_tiles(t * choices, experts, bm)
+    pairs, kp, most = t * choices, padded(k), most_tiles(device, t * choices, choices, experts, bm)
     order, plan = device.empty((pairs,), torch.int32), device.empty((1 + 3 * most,), torch.int32)
     x, s = codes, scales
     programs = 0

@@ -178,7 +178,7 @@ def rope(device: Device, x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> 
     a, b, c = (1,) * (4 - cos.dim()) + tuple(cos.shape[:-1])
     strides = (b * c if a > 1 else 0, c if b > 1 else 0, 1 if c > 1 else 0)
     rows = x.numel() // d
-    per = 1 if rows <= 64 else 8
+    per = 1 if device.tokens <= 16 else 8
     out = device.empty(x.shape, x.dtype)
     args = {
         "x": x, "cos": cos, "sin": sin, "out": out, "M": rows, "N1": lead[1], "N2": lead[2], "S0": strides[0],

@@ -1,8 +1,7 @@
-"""Clamped SwiGLU, alone or quantised for the product that follows, and the last sum of an MoE layer (spec 2.8)."""
+"""Clamped SwiGLU, alone or quantised for the product that follows (spec 2.8)."""
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -18,15 +17,6 @@ def swiglu_of(gate, up, LIMIT: tl.constexpr):
     gate = tl.minimum(gate, LIMIT, propagate_nan=tl.PropagateNan.ALL)
     up = tl.clamp(up, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
     return gate / (1.0 + tl.exp(-gate)) * up
-
-
-@triton.jit
-def add_rows(routed, shared, out, N: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows of routed [.., N] (fp32) + shared, in fp32, cast."""
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    at = tl.program_id(0).to(tl.int64) * N + column
-    total = tl.load(routed + at, mask=column < N) + tl.load(shared + at, mask=column < N).to(tl.float32)
-    tl.store(out + at, total.to(out.dtype.element_ty), mask=column < N)
 
 
 @triton.jit
@@ -90,14 +80,3 @@ def swiglu_quant(device: Device, gate: Tensor, up: Tensor, limit: float, layout:
     codes, scales = _swiglu(device, gate, up, limit, layout)
     assert scales is not None
     return codes, scales
-
-
-def add_cast(device: Device, routed: Tensor, shared: Tensor, dtype: torch.dtype) -> Tensor:
-    """`(routed + shared.float()).to(dtype)`: the routed experts' sum in fp32, and the shared expert's output."""
-    out = device.empty(routed.shape, dtype)
-    n = routed.shape[-1]
-    block = min(power_of_two(n), 1024)
-    args = {"routed": routed, "shared": shared, "out": out}
-    grid = (routed.numel() // n, cdiv(n, block))
-    device.launch(add_rows, grid, args, {"N": n, "BLOCK": block}, warps=threads(device, block))
-    return out

@@ -82,16 +82,18 @@ def _emit(
 
 @triton.jit
 def select_rows(
-    scores, rows, positions, out, kept, first, WIDTH, KEPT, LIMIT,
+    scores, rows, positions, out, kept, first, T, WIDTH, KEPT, LIMIT,
     RATIO: tl.constexpr, K: tl.constexpr, K_BLOCK: tl.constexpr, SEGMENT: tl.constexpr, SMALL: tl.constexpr,
     BLOCK: tl.constexpr, LEVEL: tl.constexpr,
 ):  # fmt: skip
     """A segment of a token's scores: level 0 all of it, 1 of many segments, 2 the rows that these kept.
 
-    scores: rows of 16 WIDTH (so that they are known to be aligned), token t is `first` + its place here. out: [T, K],
-    -1 padded; at level 1 rows of 16 KEPT, K for each segment, and `kept` their scores.
+    scores: rows of 16 WIDTH (so that they are known to be aligned), token t is `first` + its place here; from T on
+    there is none. out: [T, K], -1 padded; at level 1 rows of 16 KEPT, K for each segment, and `kept` their scores.
     """
     t, segment = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    if first + t >= T:
+        return
     visible = tl.minimum((tl.load(positions + first + t) + 1) // RATIO, LIMIT)
     if LEVEL == 2:
         n = visible // SEGMENT * K + tl.minimum(visible % SEGMENT, K)
@@ -122,7 +124,7 @@ def select_rows(
 def top_rows(
     device: Device, scores: Tensor, positions: Tensor, first: int, limit: int, ratio: int, topk: int, out: Tensor
 ) -> None:
-    """The `topk` best visible rows of tokens first .. first + len(scores) into their rows of out [T, topk] int32.
+    """The `topk` best visible rows of tokens first .. first + len(scores), below T, into out [T, topk] int32.
 
     scores: [tokens, `padded(limit)`] fp32; only those of visible rows are read, row < min((position + 1) // ratio,
     limit), and none of a token that sees no more than topk.
@@ -131,7 +133,7 @@ def top_rows(
     known = {"RATIO": ratio, "K": topk, "K_BLOCK": power_of_two(topk), "SEGMENT": SEGMENT}
     args = {
         "scores": scores, "rows": None, "positions": positions, "out": out, "kept": None, "first": first,
-        "WIDTH": scores.shape[1] // 16, "KEPT": 0, "LIMIT": limit,
+        "T": positions.shape[0], "WIDTH": scores.shape[1] // 16, "KEPT": 0, "LIMIT": limit,
     }  # fmt: skip
     if segments == 1:
         _launch(device, (t, 1), args, known, min(power_of_two(limit), SEGMENT), 0)

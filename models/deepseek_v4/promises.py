@@ -61,14 +61,21 @@ NONE: Final[Mapping[str, int]] = {
     "fuse_scaled_moe_experts": 0,
     "fuse_scaled_grouped_output": 0,
     "fuse_scaled_linear": 0,
+    "wide_linears": 0,
+    "pointwise": 0,
 }
 
 # The prologue is an embedding and angles: nothing in it has a fused operator.
+_PROLOGUE: Final[Mapping[str, int]] = {
+    "pointwise": 12,  # the four parts of the residual; cos and sin of four sets of angles
+}
 _HEAD: Final[Mapping[str, int]] = {
     "fuse_hc_post": 1,  # Residual.streams: the last layer's output enters the streams
     "fuse_hc_head": 1,  # HyperHead
     "fuse_rms_norm": 1,  # the final norm
     "fuse_hc_head_norm": 1,  # the two together
+    "wide_linears": 1,  # the logits
+    "pointwise": 4,  # the wanted rows of the four parts of the residual
 }
 
 
@@ -79,7 +86,7 @@ def promised_matches(config: DeepseekV4Config, region: str, rounded: Rounded = R
         KeyError: the model has no region of that name.
     """
     layers = {config.layer_kind(i) for i in range(config.num_hidden_layers)}
-    regions: dict[str, Mapping[str, int]] = {"prologue": {}, "head": _HEAD}
+    regions: dict[str, Mapping[str, int]] = {"prologue": _PROLOGUE, "head": _HEAD}
     regions |= {f"layer_{kind.attention}_{kind.moe}": _layer(kind.attention, kind.moe, rounded) for kind in layers}
     return {**NONE, **regions[region]}
 
@@ -107,6 +114,8 @@ def _layer(attention: str, moe: str, rounded: Rounded) -> dict[str, int]:
         "fuse_sparse_attention_inverse_rope": 1,
         "fuse_hc_pre_norm": 2,  # hc_attn with attn_norm, hc_ffn with ffn_norm
         "fuse_hc_post_pre_norm": 2,  # each of the two with the post before it
+        "wide_linears": 1 + compressors + indexers,  # the router, the compressors, the weights of index heads
+        "pointwise": 1 + indexers,  # routed + shared experts; the scale of the weights of index heads
         **_quantized(compressors, indexers, rounded),
     }
 

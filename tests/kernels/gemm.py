@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from atomc.codegen.device import Device
 from atomc.codegen.kernels import gemm
@@ -19,16 +18,10 @@ from tests.support.kernel_cases import Case
 BF16, FP32 = torch.bfloat16, torch.float32
 
 
-def fp32(x: Tensor, weight: Tensor) -> Tensor:
-    """What `linear_fp32` means."""
-    return F.linear(x.float(), weight.float())
-
-
 def arguments(x: tuple[int, ...], n: int, dtypes: tuple[torch.dtype, torch.dtype], size: float) -> list[Any]:
-    """x [..., K] and a weight [N, K]. torch's own operators have no entry in OPS: the lane's process gets them here."""
-    for name, reference in (("linear", F.linear), ("linear_fp32", fp32)):
-        known = SimpleNamespace(reference=reference, overload=torch.ops.aten.linear.default, mutates=())
-        OPS.setdefault(name, known)  # type: ignore[arg-type]
+    """x [..., K] and a weight [N, K]. torch's own operator has no entry in OPS: the lane's process gets one here."""
+    known = SimpleNamespace(reference=F.linear, overload=torch.ops.aten.linear.default, mutates=())
+    OPS.setdefault("linear", known)  # type: ignore[arg-type]
     values = torch.randn(x) * size
     values[..., :16] *= 16
     return [values.to(dtypes[0]), (torch.randn(n, x[-1]) * x[-1] ** -0.5).to(dtypes[1])]

@@ -1,4 +1,4 @@
-"""Cases of the routed experts, of clamped SwiGLU, and of the sum with the shared expert."""
+"""Cases of the routed experts, and of clamped SwiGLU."""
 
 from __future__ import annotations
 
@@ -222,8 +222,6 @@ def _swiglu(device: Device) -> None:
         for layout in (FP8_ACTIVATION, FP8_CHANNEL):
             here = layout.fnuz() if device.target.fp8 == "fnuz" else layout
             swiglu.swiglu_quant(device, both[:, :i], both[:, i:], LIMIT, str(here))
-    for d in (4096, 7168):
-        swiglu.add_cast(device, meta(t, d, dtype=F32), meta(t, d), BF16)
 
 
 AOT = [(f"{name} {tokens}", call) for name, call in (("experts", _experts), ("swiglu", _swiglu))

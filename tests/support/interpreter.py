@@ -29,7 +29,8 @@ def to_float(handle: Any) -> Array:
     """The values of a handle in float32."""
     scalar, data = handle.dtype.scalar, handle.data
     if scalar == tl.bfloat16:
-        return (data.astype(np.uint32) << 16).view(np.float32)
+        wide: Array = data.astype(np.uint32) << 16
+        return wide.view(np.float32)
     if scalar in FP8:
         return torch.from_numpy(np.ascontiguousarray(data)).view(FP8[scalar]).float().numpy()
     return data.astype(np.float32)  # type: ignore[no-any-return]

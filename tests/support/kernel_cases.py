@@ -75,20 +75,29 @@ def check(case: Case, device: str, target: str) -> dict[str, float]:
 
 def hash_of(name: str) -> int:
     """A seed of a name that is the same in every process."""
-    return sum(ord(c) * 31**i for i, c in enumerate(name)) % (1 << 31)
+    seed = 0
+    for c in reversed(name):
+        seed = (31 * seed + ord(c)) % (1 << 31)
+    return seed
 
 
 def _run(
     host: Callable[..., Any], device: Device | None, arguments: list[Any], where: str, op: str
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Results and written arguments of a run on copies."""
-    given = [a.clone().to(where) if isinstance(a, Tensor) else a for a in arguments]
+    given = [_copy(a, where) for a in arguments]
     result = host(device, *given)
     if where != "cpu":
         torch.cuda.synchronize()
     results = [] if result is None else list(result) if isinstance(result, (tuple, list)) else [result]
     names = [a.name for a in OPS[op].overload._schema.arguments]
     return results, {n: given[names.index(n)] for n in OPS[op].mutates}
+
+
+def _copy(argument: Any, where: str) -> Any:
+    if isinstance(argument, list):
+        return [_copy(a, where) for a in argument]
+    return argument.clone().to(where) if isinstance(argument, Tensor) else argument
 
 
 def _bits(x: Tensor) -> Tensor:
@@ -128,7 +137,9 @@ def close(found: Tensor, expected: Tensor, limits: dict[torch.dtype, float], wha
     a, b = found.double(), expected.double()
     hidden = b.isnan()
     assert torch.equal(a.isnan(), hidden), f"{what}: NaN where the reference has none, or the other way round"
-    a, b = a.masked_fill(hidden, 0), b.masked_fill(hidden, 0)
+    infinite = b.isinf()
+    assert torch.equal(a[infinite], b[infinite]), f"{what}: an infinity of the reference is another value"
+    a, b = a.masked_fill(hidden | infinite, 0), b.masked_fill(hidden | infinite, 0)
     error = float((a - b).norm() / b.norm().clamp(min=1e-30))
     assert error <= limits[expected.dtype], f"{what}: relative error {error:.2e}, at most {limits[expected.dtype]:.1e}"
     return error
