@@ -3,7 +3,8 @@
 Contract:
     Each distinct variant is compiled once: binaries are kept by the hash of everything that decides them (the kernel's
     source and all it calls, types, constants, options, target, Triton's version). Compiling many runs in processes.
-    Registers, spills and shared memory are read from the code object, never assumed.
+    Registers, spills and shared memory are read from the code object, never assumed. A kernel that could not run, or
+    that came out empty, is refused here, by name.
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ from atomc.codegen.source import kernel_of, source_of
 from atomc.errors import AtomcError
 from atomc.targets import Target, get_target
 
+FACTS = 2  # the version of what is read from a code object; part of the key
+TENSOR_MEMORY = 512  # columns of it, on sm_100
+
 
 class KernelError(AtomcError):
     """A kernel that the target's compiler refuses; the message names kernel, target and constants."""
@@ -49,7 +53,7 @@ def key(variant: Variant, target: Target) -> str:
     import triton
 
     known = [
-        variant.name, variant.kernel.cache_key, variant.signature, [(k, repr(v)) for k, v in variant.constants],
+        FACTS, variant.name, variant.kernel.cache_key, variant.signature, [(k, repr(v)) for k, v in variant.constants],
         variant.warps, variant.stages, sorted(variant.aligned), target.arch, triton.__version__,
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:20]
@@ -59,7 +63,7 @@ def build(variant: Variant, target: Target) -> Binary:
     """Compile one variant.
 
     Raises:
-        KernelError: the target's compiler refuses it.
+        KernelError: the target's compiler refuses it, it needs more than the target has, or it came out empty.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -76,9 +80,33 @@ def build(variant: Variant, target: Target) -> Binary:
     try:
         made = triton.compile(source, where, options={"num_warps": variant.warps, "num_stages": variant.stages})
     except Exception as error:
-        told = f"{variant.name} for {target.name} with {constants}, {variant.warps} warps: {error}"
-        raise KernelError(f"a kernel does not compile: {told}") from error
+        raise KernelError(f"a kernel does not compile: {_told(variant, target)}: {error}") from error
+    if problem := _unfit(made, target):
+        raise KernelError(f"a kernel cannot run: {_told(variant, target)}: {problem}")
     return _binary(made, variant, target)
+
+
+def _told(variant: Variant, target: Target) -> str:
+    return f"{variant.name} for {target.name} with {dict(variant.constants)}, {variant.warps} warps"
+
+
+# What writes to memory, in PTX and in AMD's assembly.
+STORES = re.compile(
+    r"\b(?:st\.(?:[\w:]+\.)*global|st\.[bfsuv]|red\.|atom\.|cp\.(?:async\.bulk|reduce)[\w.:]*\.global\.shared)"
+    r"|\b(?:global|buffer|flat)_(?:store|atomic)_"
+)
+
+
+def _unfit(made: Any, target: Target) -> str:
+    """Why a compiled kernel would not run on the target, or would do nothing; empty: it is fit."""
+    known, text = made.metadata, made.asm["amdgcn" if target.vendor == "amd" else "ptx"]
+    if known.shared > target.shared_bytes:
+        return f"it needs {known.shared} bytes of shared memory, and a workgroup may have {target.shared_bytes}"
+    if (getattr(known, "tmem_size", None) or 0) > TENSOR_MEMORY:
+        return f"it needs {known.tmem_size} columns of tensor memory, and there are {TENSOR_MEMORY}"
+    if scratch := known.global_scratch_size + known.profile_scratch_size:
+        return f"it needs {scratch} bytes of scratch memory, which no launch gives it"
+    return "" if STORES.search(text) else "it came out empty: it stores nothing"
 
 
 def _binary(made: Any, variant: Variant, target: Target) -> Binary:
@@ -107,7 +135,8 @@ def _amd(made: Any) -> dict[str, Any]:
 
     loads = _count(r"\b((?:global|buffer)_load_\w+)", text)
     return {
-        "registers": number("vgpr_count") + number("agpr_count"), "spills": 4 * number("vgpr_spill_count"),
+        # One file of both kinds: vgpr_count has the AGPRs in it, from a multiple of 8 on (.amdhsa_accum_offset).
+        "registers": number("vgpr_count"), "spills": 4 * number("vgpr_spill_count"),
         "scalar_spills": number("sgpr_spill_count"), "matrix": _count(r"\b(v_mfma_\w+)", text),
         "loads": sum(loads.values()),
         "wide_loads": sum(n for op, n in loads.items() if op.endswith(("dwordx4", "b128"))),
@@ -127,17 +156,34 @@ def _nvidia(made: Any) -> dict[str, Any]:
 
 
 def _resources(cubin: bytes) -> dict[str, int]:
-    """What cuobjdump (it comes with Triton) says of a cubin: REG, STACK, SHARED."""
+    """What cuobjdump (it comes with Triton) says of a cubin: REG, STACK; STACK is 0 where no instruction uses it."""
     import tempfile
 
-    import triton.backends.nvidia
-
-    tool = Path(triton.backends.nvidia.__path__[0]) / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        ran = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=False)
-    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", ran.stdout)}
+        usage = {n: int(v) for n, v in re.findall(r"\b(REG|STACK):(\d+)", _nvidia_tool("-res-usage", file.name))}
+        # A stack may be only the frame of a division's slow path, which leaves it alone.
+        if usage.get("STACK") and not re.search(r"\b(?:STL|LDL)\b", _nvidia_tool("-sass", file.name)):
+            usage["STACK"] = 0
+    return usage
+
+
+def _nvidia_tool(option: str, path: str) -> str:
+    """What cuobjdump prints of a code object.
+
+    Raises:
+        KernelError: it fails.
+    """
+    import triton.backends.nvidia
+
+    folder = Path(triton.backends.nvidia.__path__[0]) / "bin"
+    path_with_tools = f"{folder}{os.pathsep}{os.environ.get('PATH', '')}"  # it runs nvdisasm
+    ran = subprocess.run([folder / "cuobjdump", option, path], capture_output=True, text=True, check=False,
+                         env={**os.environ, "PATH": path_with_tools})  # fmt: skip
+    if ran.returncode != 0:
+        raise KernelError(f"cuobjdump {option} fails on a code object: {ran.stderr.strip()[:200]}")
+    return ran.stdout
 
 
 # -- many at once, kept by content -------------------------------------------------------------------------------------

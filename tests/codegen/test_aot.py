@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ pytest.importorskip("triton", reason="kernels are compiled by triton, which is a
 from atomc.codegen.aot import KernelError, Store, build, build_all, key
 from atomc.codegen.device import Recorder, Variant, type_of
 from atomc.targets import TARGETS, get_target
-from tests.support.toy_kernels import add, broken, rowwise_dot
+from tests.support.toy_kernels import add, broken, crowded, divide, empty, rowwise_dot
 
 GPUS = [name for name, target in TARGETS.items() if target.is_gpu]
 
@@ -85,6 +86,56 @@ def test_a_kernel_that_does_not_compile_is_an_error_that_names_it() -> None:
         build(recorder.variants[0], get_target("h100"))
     with pytest.raises(KernelError, match="runs the references"):
         build(variant(), get_target("cpu"))
+
+
+def launch(kernel: Any, target: str, constants: dict[str, Any], warps: int = 4, **args: Any) -> Variant:
+    recorder = Recorder(get_target(target), 16)
+    recorder.launch(kernel, (1,), args, constants, warps=warps)
+    return recorder.variants[0]
+
+
+def floats(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, device="meta")
+
+
+@pytest.mark.parametrize("target", ["h100", "b200", "mi355x"])
+def test_a_kernel_that_came_out_empty_is_refused(target: str) -> None:
+    with pytest.raises(KernelError, match=rf"empty for {target} with \{{'BLOCK': 64\}}.*stores nothing"):
+        build(launch(empty, target, {"BLOCK": 64}, x=floats(64), n=64), get_target(target))
+
+
+@pytest.mark.parametrize(
+    ("needs", "words"),
+    [
+        ({"shared": 228 * 1024}, "233472 bytes of shared memory, and a workgroup may have 232448"),
+        ({"tmem_size": 1024}, "1024 columns of tensor memory"),
+        ({"global_scratch_size": 128}, "128 bytes of scratch memory"),
+    ],
+)
+def test_a_kernel_that_cannot_run_is_refused(
+    needs: dict[str, int], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = {"shared": 0, "tmem_size": 0, "global_scratch_size": 0, "profile_scratch_size": 0} | needs
+    made = SimpleNamespace(metadata=SimpleNamespace(**known), asm={"ptx": "st.global.b32 [%rd1], %r1;"})
+    monkeypatch.setattr("triton.compile", lambda *_, **__: made)
+    with pytest.raises(KernelError, match=f"add for b200 with .*{words}"):
+        build(variant(), get_target("b200"))
+
+
+@pytest.mark.parametrize(("target", "fits", "spills"), [("h100", 64, 128), ("mi355x", 128, 256)])
+def test_registers_and_spills(target: str, fits: int, spills: int) -> None:
+    """What a lane may have at most, with spills where they are, and none where a frame is only reserved."""
+    known = get_target(target)
+    few, many = (
+        build(launch(crowded, target, {"N": n}, 1, x=floats(n, n), out=floats(n, n)), known).facts
+        for n in (fits, spills)
+    )
+    values = fits * fits // known.wavefront
+    assert few.spills == 0 and values <= few.registers <= 2 * values  # AMD: AGPRs are counted once
+    assert many.spills > 0 and many.registers <= known.registers_per_lane + 1
+    args = {"x": floats(64), "y": floats(64), "out": floats(64), "n": 64}
+    facts = build(launch(divide, target, {"BLOCK": 64}, **args), known).facts
+    assert facts.spills == 0 and facts.registers < 64
 
 
 def test_types_of_arguments() -> None:
