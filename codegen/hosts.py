@@ -6,6 +6,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any, Final
 
+from atomc.codegen.aot import KernelError
 from atomc.targets import Target
 
 Host = Callable[..., Any]
@@ -35,11 +36,20 @@ HOSTS: Final = {f"atom.{op}.default": (f"kernels.{module}", op) for module, ops 
 
 
 def host_of(op: str, target: Target) -> Host | None:
-    """The host function of an operator, named as in a plan's step; None where the target has no kernel for it."""
+    """The host function of an operator, named as in a plan's step; None where the target has no kernel for it.
+
+    Raises:
+        KernelError: Triton, which compiles kernels, is not installed.
+    """
     if not target.is_gpu or op not in HOSTS:
         return None
     module, name = HOSTS[op]
-    host: Host = getattr(import_module(f"atomc.codegen.{module}"), name)
+    try:
+        host: Host = getattr(import_module(f"atomc.codegen.{module}"), name)
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        raise KernelError(f"kernels for {target.name} are compiled by Triton: pip install 'atomc[kernels]'.") from error
     return host
 
 

@@ -31,7 +31,10 @@ class WideLinears(Pass):
         for node in [n for n in calls(gm.graph) if n.target is aten.linear.default and len(n.args) == 2]:
             if node.meta["val"].dtype != torch.float32:
                 continue
-            new = Emitter(gm, node, node).call(atom.linear_fp32.default, *(_stored(a) for a in node.args))
+            stored = [_stored(operand) for operand in node.args]
+            if stored == list(node.args):
+                continue
+            new = Emitter(gm, node, node).call(atom.linear_fp32.default, *stored)
             node.replace_all_uses_with(new)
             gm.graph.erase_node(node)
             report.matches.append(Match(location(new), ctx.module_paths.get(str(new.args[1]), "")))

@@ -26,7 +26,7 @@ def power_of_two(n: int) -> int:
 def layout_constants(text: str, block: int) -> dict[str, Any]:
     """What `quantize_row` must know of a layout, for rows in tiles of `block` columns."""
     layout = Layout.parse(text)
-    width = layout.columns or block
+    width = min(layout.columns or block, block)  # a row shorter than a block is one
     if layout.rows != 1 or width & (width - 1):
         raise ValueError(f"{layout}: a kernel quantises blocks of one row and a power of two of columns")
     element = layout.element.name if layout.element.name in ("e2m1", "int8") else "fp8"

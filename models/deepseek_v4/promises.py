@@ -61,7 +61,6 @@ NONE: Final[Mapping[str, int]] = {
     "fuse_scaled_moe_experts": 0,
     "fuse_scaled_grouped_output": 0,
     "fuse_scaled_linear": 0,
-    "wide_linears": 0,
     "pointwise": 0,
 }
 
@@ -74,7 +73,6 @@ _HEAD: Final[Mapping[str, int]] = {
     "fuse_hc_head": 1,  # HyperHead
     "fuse_rms_norm": 1,  # the final norm
     "fuse_hc_head_norm": 1,  # the two together
-    "wide_linears": 1,  # the logits
     "pointwise": 4,  # the wanted rows of the four parts of the residual
 }
 
@@ -114,7 +112,6 @@ def _layer(attention: str, moe: str, rounded: Rounded) -> dict[str, int]:
         "fuse_sparse_attention_inverse_rope": 1,
         "fuse_hc_pre_norm": 2,  # hc_attn with attn_norm, hc_ffn with ffn_norm
         "fuse_hc_post_pre_norm": 2,  # each of the two with the post before it
-        "wide_linears": 1 + compressors + indexers,  # the router, the compressors, the weights of index heads
         "pointwise": 1 + indexers,  # routed + shared experts; the scale of the weights of index heads
         **_quantized(compressors, indexers, rounded),
     }

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from atomc.codegen import hosts
+from atomc.codegen.aot import KernelError
 from atomc.codegen.missing import Missing, is_view, missing_kernels, refuse
 from atomc.runtime.loader import read_plan
 from atomc.targets import get_target
@@ -52,6 +53,19 @@ def test_every_host_function_is_there() -> None:
         assert callable(host), op
         assert hosts.host_of(op, get_target("cpu")) is None
     assert hosts.host_of("aten.bmm.default", get_target("h100")) is None
+
+
+def test_without_triton_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> None:
+        raise ModuleNotFoundError(f"No module named {wanted!r}", name=wanted)
+
+    monkeypatch.setattr(hosts, "import_module", absent)
+    wanted = "triton"
+    with pytest.raises(KernelError, match=r"kernels for h100 are compiled by Triton: pip install 'atomc\[kernels\]'"):
+        hosts.host_of("atom.swiglu.default", get_target("h100"))
+    wanted = "other"
+    with pytest.raises(ModuleNotFoundError):
+        hosts.host_of("atom.swiglu.default", get_target("h100"))
 
 
 def test_the_error_lists_each_operator_once() -> None:

@@ -64,7 +64,7 @@ QUANT = "hc_post_pre_norm_quant"
 LAYOUTS = [str(FP8_ACTIVATION), str(FP8_CHANNEL), str(FP4_ACTIVATION), *FNUZ]
 CASES = [
     *(case(op, t, d, dtype) for op in OPS for t, d in [(1, 256), (5, 24)] for dtype in (F32, BF16)),
-    *(case(QUANT, t, d, dtype, layout=layout) for t, d in [(1, 256), (3, 160)] for dtype in (F32, BF16)
+    *(case(QUANT, t, d, dtype, layout=layout) for t, d in [(1, 256), (3, 160), (2, 64)] for dtype in (F32, BF16)
       for layout in LAYOUTS
       # A float32 scale follows the last bit of amax, and every value the scale: equal only where the norm is rounded.
       if dtype == BF16 or layout != str(FP8_CHANNEL)),

@@ -45,14 +45,21 @@ def keep(config: DeepseekV4Config, dtype: torch.dtype) -> None:
 
 
 def test_every_pass_that_can_find_something_is_promised() -> None:
-    free = {"canonicalize", "dead_code"}  # what they erase is no fact about the model
+    # What they erase is no fact about the model, and what a checkpoint stores in bf16 none either.
+    free = {"canonicalize", "dead_code", "wide_linears"}
     labels = {p.label for target in ("cpu", "h100") for p in pipelines.compilation(target=get_target(target))}
     assert labels - free == set(NONE)
 
 
 @pytest.mark.parametrize(
     ("scheme", "target"),
-    [*((s, "cpu") for s in SCHEMES), ("native", "h100"), ("native", "mi300x"), ("mxfp4", "mi355x")],
+    [
+        *((s, "cpu") for s in SCHEMES),
+        ("native", "h100"),
+        ("native", "mi300x"),
+        ("mxfp4", "mi355x"),
+        ("none", "b200"),
+    ],
 )
 def test_the_promises_of_every_scheme(scheme: str, target: str, tmp_path: Path) -> None:
     """All kinds of layers, sizes that fill no tile; a miss is an error of the compile."""
@@ -71,7 +78,7 @@ def test_the_promises_of_every_scheme(scheme: str, target: str, tmp_path: Path) 
 
 def test_the_promises_of_the_kinds() -> None:
     config = tiny(compress_ratios=[0, 16, 4], num_hash_layers=1)
-    assert set(promised_matches(config, "prologue").values()) == {0}
+    assert {k: n for k, n in promised_matches(config, "prologue").items() if n} == {"pointwise": 12}
     assert promised_matches(config, "layer_csa_topk")["fuse_compressor_pool_norm_rope_insert"] == 2
     assert promised_matches(config, "layer_swa_hash")["fuse_route_hash"] == 1
     with pytest.raises(KeyError):
