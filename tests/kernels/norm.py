@@ -77,7 +77,8 @@ CASES = [
       for m, qr, dh in [(1, 1024, 512), (6, 24, 20)] for dtype in DTYPES),
     *(Case(f"pair quant {m}x{qr} {dtype} {layout}", "rms_norm_pair_quant", merged(norm.rms_norm_pair_quant),
            pair(m, qr, dh, dtype, layout), layouts=[layout])
-      for m, qr, dh in [(1, 1024, 512), (8, 1536, 512), (6, 224, 20), (2, 40, 20)] for dtype in DTYPES for layout in LAYOUTS
+      for m, qr, dh in [(1, 1024, 512), (8, 1536, 512), (6, 224, 20), (2, 40, 20)]
+      for dtype in DTYPES for layout in LAYOUTS
       # A float32 scale follows the last bit of amax, and every value the scale: equal only where the norm is rounded.
       if dtype == BF16 or layout != str(FP8_CHANNEL)),
     *(Case(f"quantize {m}x{k} {dtype} {layout}", "quantize", quantize.quantize,
