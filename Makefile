@@ -39,13 +39,8 @@ demo: venv  ## compile a small, trained DeepSeek-V4, explain it, generate text; 
 	$(ATOMC) verify build/nano.atom
 	$(ATOMC) generate build/nano.atom "$(PROMPT)" --max-tokens 120 --temperature 0.9 --top-p 0.95 --seed 3 --stats
 	@echo
-	@echo '# For a GPU target the compiler names every op that has no kernel for it yet:'
-	@echo '$(ATOMC) compile deepseek-v4-nano --target mi355x -o build/nano-mi355x.atom'
-	@$(ATOMC) compile deepseek-v4-nano --target mi355x -o build/nano-mi355x.atom >build/mi355x.log 2>&1; \
-	status=$$?; cat build/mi355x.log; \
-	if [ $$status -eq 0 ]; then echo '# it compiled.'; \
-	elif grep -qi 'no kernel' build/mi355x.log && ! grep -q Traceback build/mi355x.log; then echo '# as expected.'; \
-	else echo '# not the answer that was expected'; exit $$status; fi
+	@echo '# For a GPU target every kernel is compiled here, without the GPU:'
+	$(ATOMC) compile deepseek-v4-nano --target mi355x -o build/nano-mi355x.atom
 
 test: venv  ## every test that needs no GPU
 	$(PYTEST) --durations=10

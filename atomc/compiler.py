@@ -18,13 +18,17 @@ import torch
 
 import atomc
 from atomc.artifact.check import check_program
+from atomc.artifact.kernels import write_kernel
 from atomc.artifact.manifest import SCHEMA_VERSION, Limits, Manifest, Serving
 from atomc.artifact.plan import CallPlan, ProgramPlan, RegionPlan, StateTensor
 from atomc.artifact.store import artifact_hash, check_output, encode, hash_file, write_manifest, writing
 from atomc.calibration import SPACE, CalibratedSource, Calibration, fitted
 from atomc.capture import Input, Program, Region, capture
+from atomc.codegen.aot import Binary, build_all, default_store
+from atomc.codegen.device import Variant
 from atomc.codegen.lower import Lowering
 from atomc.codegen.missing import missing_kernels, refuse
+from atomc.codegen.source import source_of
 from atomc.errors import AtomcError
 from atomc.models.deepseek_v4.config import DeepseekV4Config
 from atomc.models.deepseek_v4.promises import Rounded, products_of, promised_matches, regions_of
@@ -162,14 +166,19 @@ def compile_model(
     layouts = layouts_of({c.region.name: c.ctx.decisions for c in compiled}, Counter(c.region for c in program.calls))
     if options.stop_after is not None:
         return Result(None, None, source.name, target, explanation, layouts, calibrated=calibrated)
-    regions = {c.region.name: lower(c, serving) for c in compiled}
+    lowered = {c.region.name: lower(c, serving, target) for c in compiled}
+    regions = {name: plan for name, (plan, _) in lowered.items()}
     if missing := [m for region in regions.values() for m in missing_kernels(region, target)]:
         raise refuse(missing, target)
+    variants = {k: v for _, made in lowered.values() for k, v in made.items()}
+    kernels = build_kernels(variants, target, progress)
     plan = link(program, compiled, regions, serving)
     with Packing(output) as packing, writing(output) as folder:
         recipes = {c.region.name: named_recipes(c) for c in compiled}
         packed = pack_weights(source, quantisation, options, program, recipes, packing, folder / "weights", progress)
         write_plan(folder / "plan", plan, regions)
+        for name, binary in sorted(kernels.items()):
+            write_kernel(folder, name, binary.data, binary.facts, source_of(variants[name].kernel))
         write_graphs(folder / "graph", compiled)
         copy_model_files(source, folder)
         (folder / "explain.json").write_bytes(encode(explanation))
@@ -367,13 +376,27 @@ def rounded(region: str, recipes: Mapping[str, Recipe], quantisation: Quantisati
     )  # fmt: skip
 
 
-def lower(compiled: Compiled, serving: Serving) -> RegionPlan:
-    """The region's plan."""
+def lower(compiled: Compiled, serving: Serving, target: Target) -> tuple[RegionPlan, dict[str, Variant]]:
+    """The region's plan, and the kernels that it launches, by key."""
     region, ctx = compiled.region, compiled.ctx
     bound = [i for i in region.inputs if i.role != "weight"]
     bound += [Input(placeholder, "weight", path) for placeholder, path in ctx.module_paths.items()]
     inputs = {i.placeholder: (i.role, i.name) for i in bound}
-    return Lowering(region.name, region.gm, inputs, region.outputs, region.symbols, serving.bounds(), location).run()
+    lowering = Lowering(
+        region.name, region.gm, inputs, region.outputs, region.symbols, serving.bounds(), location, target,
+        buckets_of(serving.max_batch_tokens) if target.is_gpu else (),
+    )  # fmt: skip
+    return lowering.run(), lowering.variants
+
+
+def buckets_of(most: int) -> tuple[int, ...]:
+    """Upper bounds of tokens for which kernels are configured: decode, a few requests, many, prefill."""
+    return (*(n for n in (16, 64) if n < most), most)
+
+
+def build_kernels(variants: dict[str, Variant], target: Target, progress: Progress) -> dict[str, Binary]:
+    """Compile every distinct kernel once, in parallel; what an earlier compile made is taken from the cache."""
+    return build_all(variants.values(), target, default_store(), progress=progress) if variants else {}
 
 
 def link(program: Program, compiled: list[Compiled], regions: dict[str, RegionPlan], serving: Serving) -> ProgramPlan:

@@ -69,7 +69,7 @@ def _definitions(values: list[Value], steps: list[Step]) -> list[int]:
     """The step that defines each slot; -1 for inputs and for what is prepared from weights."""
     first = [-1] * len(values)
     for at, step in enumerate(steps):
-        for slot in step.outputs:
+        for slot in (*step.outputs, *scratch_of(step)):
             if slot is not None:
                 first[slot] = at
     return first
@@ -81,6 +81,11 @@ def _last_uses(values: list[Value], steps: list[Step], first: list[int]) -> dict
     for slot, value in enumerate(values):
         last[value.owner] = max(last.get(value.owner, -1), first[slot])
     for at, step in enumerate(steps):
-        for slot in slots_of(step):
+        for slot in (*slots_of(step), *scratch_of(step)):
             last[values[slot].owner] = max(last[values[slot].owner], at)
     return last
+
+
+def scratch_of(step: Step) -> list[int]:
+    """Scratch slots of all buckets of a step."""
+    return [slot for bucket in step.buckets for slot in bucket.scratch]

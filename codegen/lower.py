@@ -13,19 +13,40 @@ from __future__ import annotations
 import math
 import operator
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
+from atomc.artifact.buffers import of_bucket
 from atomc.artifact.expr import ExpressionError, evaluate, parse
-from atomc.artifact.plan import SYMBOLS, Arg, DType, RegionInput, RegionPlan, Role, Scalar, Size, Slot, Step
+from atomc.artifact.plan import (
+    SYMBOLS,
+    Arg,
+    Bucket,
+    DType,
+    Launch,
+    RegionInput,
+    RegionPlan,
+    Role,
+    Scalar,
+    Size,
+    Slot,
+    Step,
+)  # fmt: skip
+from atomc.codegen.device import Variant
+from atomc.codegen.hosts import Host, host_of
+from atomc.codegen.launches import argument, differs, kernel_key, place, record
 from atomc.codegen.liveness import Value, finish
 from atomc.errors import AtomcError
+from atomc.targets import Target
 
 # Sizes of the trial run: distinct primes, so that no two dims agree by accident.
 EXAMPLE: Final = dict(zip(SYMBOLS, (11, 3, 5, 7, 2, 13, 17, 19), strict=True))
@@ -44,6 +65,8 @@ class Lowering:
         inputs: placeholder -> role and name of what is bound to it. outputs: names of the results.
         symbols: graph symbol -> plan symbol. bounds: plan symbol -> largest value.
         where: the model's source line of a node.
+        target: what it is lowered for; on a GPU, calls become launches. tokens: upper bounds of its buckets.
+        variants: kernels that the launches name, by key; filled by `run`.
     """
 
     region: str
@@ -53,6 +76,9 @@ class Lowering:
     symbols: Mapping[str, str]
     bounds: Mapping[str, int]
     where: Callable[[Node], str]
+    target: Target
+    tokens: Sequence[int] = ()
+    variants: dict[str, Variant] = field(default_factory=dict)
     ids: dict[Node, int] = field(default_factory=dict)
     values: list[Value] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
@@ -100,7 +126,50 @@ class Lowering:
         role: Role = "prepared" if self._is_prepared(node) else "temporary"
         results = self._results(node, trial, role)
         steps = self.prepare if role == "prepared" else self.steps
-        steps.append(Step(_qualified(node.target), args, kwargs, results, [], self.where(node)))
+        buckets = self._buckets(node, results) if role != "prepared" else []
+        steps.append(Step(_qualified(node.target), args, kwargs, results, [], self.where(node), buckets))
+
+    def _buckets(self, node: Node, results: list[int | None]) -> list[Bucket]:
+        """The launches that compute a call, for each bucket; none where torch's own kernel does."""
+        host = host_of(_qualified(node.target), self.target)  # type: ignore[arg-type]
+        return [] if host is None else [self._bucket(node, host, tokens, results) for tokens in self.tokens]
+
+    def _bucket(self, node: Node, host: Host, tokens: int, results: list[int | None]) -> Bucket:
+        tensors = [n for n in node.all_input_nodes if isinstance(n.meta["val"], FakeTensor)]
+        values = [map_arg(a, lambda n: n.meta["val"]) for a in node.args]
+        try:
+            made = record(host, values, dict(node.kwargs), self.target, tokens, tensors[0].meta["val"].fake_mode)
+        except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+            raise self._error(node, f"its kernel for {self.target.name} takes no such call: {error}") from error
+        slots = {place(n.meta["val"]): self.ids[n] for n in tensors}
+        slots |= {place(v): slot for v, slot in zip(made.results, results, strict=True) if slot is not None}
+        scratch: list[int] = []
+        most = of_bucket(self.bounds, tokens)
+        for value in made.allocated:
+            if place(value) not in slots:
+                slots[place(value)] = self._scratch(f"{node.name}_scratch", value, node, most)
+                scratch.append(slots[place(value)])
+        size_of = partial(self._size, node=node)
+        launches = []
+        for variant, grid, arguments in made.launches:
+            name = kernel_key(variant, self.target)
+            self.variants[name] = variant
+            sizes = [s.expr if isinstance(s, Size) else s for s in map(size_of, grid)]
+            launches.append(Launch(name, sizes, [argument(a, slots, size_of) for a in arguments]))
+        # Not of size 1: a dim of it that is known would be one that is broadcast.
+        for symbols in ({name: max(size, 2) for name, size in most.items()}, dict.fromkeys(most, 2)):
+            if found := differs(launches, host, values, dict(node.kwargs), self.target, tokens, size_of, symbols):
+                raise self._error(node, f"its launches do not follow the sizes: {found}")
+        return Bucket(tokens, launches, scratch)
+
+    def _scratch(self, name: str, value: Tensor, node: Node, bounds: Mapping[str, int]) -> int:
+        """A slot for memory that a step needs while it runs."""
+        shape = self._shape(value, node)
+        slot = len(self.values)
+        size = math.prod(evaluate(s, bounds) for s in shape) * value.dtype.itemsize
+        self.values.append(Value(name, "temporary", shape, str(value.dtype).removeprefix("torch."), slot, size))
+        self._trial.append(torch.empty(0, device="meta"))
+        return slot
 
     def _is_prepared(self, node: Node) -> bool:
         """Whether a call reads weights only, so that it runs once; what a region returns is made anew each time."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from atomc.artifact.plan import RegionPlan, Step
-from atomc.codegen.kernels import has_kernel
+from atomc.codegen.hosts import PREPARES, has_kernel
 from atomc.errors import AtomcError
 from atomc.targets import Target
 
@@ -36,7 +36,9 @@ def missing_kernels(plan: RegionPlan, target: Target) -> list[Missing]:
     """Operators of the region that the target cannot run. Views need no kernel; the cpu target runs every reference."""
     if target.name == "cpu":
         return []
-    steps = [s for s in (*plan.prepare, *plan.steps) if not is_view(s, plan) and not has_kernel(s.op, target)]
+    steps = [s for s in plan.prepare if s.op not in PREPARES]
+    steps += [s for s in plan.steps if not has_kernel(s.op, target)]
+    steps = [s for s in steps if not is_view(s, plan)]
     first = {step.op: step.source for step in reversed(steps)}
     return [Missing(op, plan.name, count, first[op]) for op, count in Counter(s.op for s in steps).items()]
 

@@ -8,9 +8,11 @@ from atomc.passes import fusions, quant_fusions
 from atomc.passes.cancel_quantize import CancelQuantize
 from atomc.passes.canonicalize import Canonicalize, DeadCode
 from atomc.passes.merge_linears import MergeLinears
+from atomc.passes.pointwise import Pointwise
 from atomc.passes.quantize import Quantize
 from atomc.passes.runner import Pass
 from atomc.passes.scheme import SCHEMES, Scheme
+from atomc.passes.wide_linears import WideLinears
 from atomc.targets import Target, get_target
 
 # Layers that read the same input and are stored in the same format (spec 6.1 K6, K7, K22).
@@ -54,6 +56,7 @@ def compilation(
         if target.is_gpu
         else ()  # the cpu multiplies no narrow format: weights are expanded when they are loaded
     )
+    generated = (WideLinears(), Pointwise()) if target.is_gpu else ()
     return (
         Canonicalize(),
         *_BLOCKS,
@@ -75,5 +78,6 @@ def compilation(
         quant_fusions.HC_POST_PRE_NORM_QUANT,
         fusions.HC_HEAD_NORM,
         *scaled,
+        *generated,
         DeadCode(),
     )

@@ -15,6 +15,7 @@ from atomc.artifact.store import ArtifactError
 from atomc.ops import Batch
 from atomc.runtime.bind import BoundStep, Environment, Sizes
 from atomc.runtime.errors import BatchError, ServingError
+from atomc.runtime.gpu import Gpu, LaunchStep, on_device
 from atomc.runtime.loader import LoadedArtifact, load
 
 
@@ -50,7 +51,12 @@ class BoundCall:
     """One call of the program: its region's steps, and an environment with weights, state and constants in place."""
 
     def __init__(
-        self, call: CallPlan, plan: RegionPlan, weights: Mapping[str, Tensor], states: Mapping[str, Tensor]
+        self,
+        call: CallPlan,
+        plan: RegionPlan,
+        weights: Mapping[str, Tensor],
+        states: Mapping[str, Tensor],
+        gpu: Gpu | None = None,
     ) -> None:
         self.call, self.plan = call, plan
         self.fixed: Environment = [None] * len(plan.slots)
@@ -67,7 +73,10 @@ class BoundCall:
                 case _:
                     self.values.append((item.slot, call.binds.get(item.name, item.name)))
         self._prepare(call.prefix)
-        self.steps = [BoundStep(step, self.fixed) for step in plan.steps]
+        self.steps = [
+            LaunchStep(step, plan, gpu) if gpu is not None and step.buckets else BoundStep(step, self.fixed)
+            for step in plan.steps
+        ]
         self.outputs = list(plan.outputs.items())
 
     def _prepare(self, prefix: str) -> None:
@@ -116,7 +125,7 @@ class BoundCall:
 
 
 class Executor:
-    """Runs steps of a loaded artifact on the cpu target.
+    """Runs steps of a loaded artifact, on the cpu or on a GPU.
 
     Attributes:
         serving: what batches must look like. pools: sizes of the state pools.
@@ -129,10 +138,14 @@ class Executor:
         self.pools = pools
         self.num_blocks, self.num_window_pages, self.num_slots = pools.blocks, pools.window_pages, pools.slots
         self.bounds = artifact.program.symbols
-        self.states = allocate(artifact.program.states, pools)
-        self.calls = [
-            BoundCall(c, artifact.regions[c.region], artifact.weights, self.states) for c in artifact.program.calls
-        ]
+        self.gpu = None if artifact.manifest.target == "cpu" else Gpu(artifact.folder, artifact.program.arena_bytes)
+        self.device = torch.device("cpu") if self.gpu is None else self.gpu.device
+        weights = artifact.weights if self.gpu is None else on_device(artifact.weights, self.device)
+        with self.device:
+            self.states = allocate(artifact.program.states, pools)
+            self.calls = [
+                BoundCall(c, artifact.regions[c.region], weights, self.states, self.gpu) for c in artifact.program.calls
+            ]
         self.rehearse()
 
     @classmethod
@@ -165,9 +178,15 @@ class Executor:
         sizes = self._sizes(batch)
         fields = batch._asdict()
         values: dict[str, Tensor] = {}
-        for call in self.calls:
-            call.run(fields, values, sizes, watch)
-        return values["logits"]
+        if self.gpu is None:
+            for call in self.calls:
+                call.run(fields, values, sizes, watch)
+            return values["logits"]
+        fields = on_device(fields, self.device)
+        with self.device:
+            for call in self.calls:
+                call.run(fields, values, sizes, watch)
+        return values["logits"].cpu()
 
     def rehearse(self) -> None:
         """Run one token in the reserved page and block, and forget it: a first run, and a proof of the plan.
@@ -210,6 +229,8 @@ class Executor:
                     f"a step has {symbol} = {sizes[symbol]}; the artifact is compiled for 1 to {self.bounds[symbol]}."
                 )
         tokens, requests = sizes["T"], sizes["B"]
+        if sizes["L"] > tokens:
+            raise BatchError(f"a step of {tokens} tokens has {sizes['L']} rows of logits; there is one for each token.")
         expected = (
             (tokens,), (tokens,), (tokens,), (requests + 1,), (requests,),
             (requests, self.serving.window_table_width), (requests, self.serving.block_table_width),

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -14,7 +15,16 @@ from atomc.artifact.manifest import Manifest
 from atomc.artifact.plan import ProgramPlan, RegionPlan
 from atomc.artifact.store import ArtifactError, decode, read_manifest, verify
 
-RUNNABLE = frozenset({"cpu"})
+# Compute capability of the GPUs that each target's code objects run on.
+CAPABILITIES = {"h100": (9, 0), "h200": (9, 0), "b200": (10, 0)}
+
+
+def runnable() -> list[str]:
+    """The targets that this machine runs."""
+    if torch.cuda.is_available() and torch.version.hip is None:
+        found = torch.cuda.get_device_capability()
+        return ["cpu", *(name for name, capability in CAPABILITIES.items() if capability == found)]
+    return ["cpu"]
 
 
 @dataclass(frozen=True)
@@ -37,9 +47,9 @@ def load(folder: Path, progress: Callable[[str], None] = lambda _: None) -> Load
     """
     manifest = read_manifest(folder)
     verify(folder, manifest, progress)
-    if manifest.target not in RUNNABLE:
+    if manifest.target not in runnable():
         raise ArtifactError(
-            f"{folder} is compiled for {manifest.target}; this runtime runs {', '.join(sorted(RUNNABLE))}. "
+            f"{folder} is compiled for {manifest.target}; this machine runs {', '.join(runnable())}. "
             "Compile the model for a target that it runs."
         )
     if not manifest.with_weights:

@@ -34,6 +34,11 @@ def slot_bytes(info: SlotInfo, symbols: Mapping[str, int]) -> int:
     return math.prod(evaluate(s, symbols) for s in info.shape) * DTYPE_BYTES[info.dtype]
 
 
+def of_bucket(symbols: Mapping[str, int], tokens: int) -> dict[str, int]:
+    """The largest sizes of a step of at most `tokens` tokens: logits are of tokens, so there are no more of them."""
+    return {**symbols, **{name: min(symbols[name], tokens) for name in ("T", "L")}}
+
+
 def lower_bound(buffers: Sequence[Buffer]) -> int:
     """The most bytes live at one time; no placement needs less."""
     births = {b.first for b in buffers}

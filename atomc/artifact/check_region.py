@@ -8,7 +8,7 @@ from typing import Any, Final
 import torch
 
 import atomc.ops  # noqa: F401  defines torch.ops.atom
-from atomc.artifact.buffers import aligned, slot_bytes
+from atomc.artifact.buffers import aligned, of_bucket, slot_bytes
 from atomc.artifact.check_layouts import check_layouts, check_results
 from atomc.artifact.expr import ExpressionError, evaluate, parse
 from atomc.artifact.names import Names
@@ -152,7 +152,9 @@ def _steps(problems: Problems, region: RegionPlan, batch: object, bounds: Mappin
             return
         for problem in (*_call(step, op, region, defined, set(bounds)), *_results(step, op, region, taken)):
             problems.add(where, problem)
-        made = {s for s in step.outputs if s is not None}
+        made = {s for s in step.outputs if s is not None} | _scratch(step)
+        for problem in _launches(step, region, defined | made, set(bounds)):
+            problems.add(where, problem)
         if gone := [s for s in step.release if s not in defined | made]:
             problems.add(where, f"releases {gone}, which are not there")
         taken |= made
@@ -160,6 +162,29 @@ def _steps(problems: Problems, region: RegionPlan, batch: object, bounds: Mappin
     for name, slot in region.outputs.items():
         if slot not in defined:
             problems.add(f"output {name!r}", f"slot {slot} ({region.slots[slot].name}) is not there at the end")
+
+
+def _scratch(step: Step) -> set[int]:
+    return {slot for bucket in step.buckets for slot in bucket.scratch}
+
+
+def _launches(step: Step, region: RegionPlan, there: set[int], symbols: set[str]) -> Iterable[str]:
+    """What is wrong with the launches of a step: buckets in order, grids of sizes, slots that are there."""
+    tokens = [bucket.tokens for bucket in step.buckets]
+    if tokens != sorted(set(tokens)) or any(n < 1 for n in tokens):
+        yield f"its buckets are for {tokens} tokens"
+    if wrong := sorted(s for s in _scratch(step) if not 0 <= s < len(region.slots)):
+        yield f"scratch slots {wrong} are out of range"
+        return
+    for launch in (launch for bucket in step.buckets for launch in bucket.launches):
+        if not 1 <= len(launch.grid) <= 3:
+            yield f"kernel {launch.kernel} has a grid of {len(launch.grid)} dimensions"
+        sizes = [Size(g) if isinstance(g, str) else g for g in launch.grid]
+        for value in (*sizes, *(a for a in launch.args if isinstance(a, Size))):
+            if problem := _misfit(value, "SymInt", symbols):
+                yield f"kernel {launch.kernel}: a size {problem}"
+        if gone := [a.id for a in launch.args if isinstance(a, Slot) and a.id not in there]:
+            yield f"kernel {launch.kernel} takes slots {gone}, which are not there"
 
 
 def _prepared(problems: Problems, region: RegionPlan, names: Names, taken: set[int], symbols: set[str]) -> set[int]:
@@ -293,7 +318,7 @@ def _lifetimes(problems: Problems, region: RegionPlan, batch: object, bounds: ob
     prepared = {s for step in region.prepare for s in step.outputs if s is not None}
     inputs = {item.slot for item in region.inputs} | prepared
     for at, step in enumerate(region.steps):
-        made = [s for s in step.outputs if s is not None]
+        made = [*(s for s in step.outputs if s is not None), *_scratch(step)]
         for slot in made:
             first[slot] = at
         for slot in (*made, *slots_of(step)):
@@ -324,6 +349,7 @@ def _lifetimes(problems: Problems, region: RegionPlan, batch: object, bounds: ob
 def _arena(problems: Problems, region: RegionPlan, batch: object, bounds: Mapping[str, int]) -> None:
     """Temporaries with a storage have offsets inside the arena, and no two overlap in time and place."""
     placed: list[tuple[int, SlotInfo, int, int]] = []
+    tokens = {slot: b.tokens for step in region.steps for b in step.buckets for slot in b.scratch}
     for at, info in enumerate(region.slots):
         where = f"slot {at} ({info.name})"
         needs = info.role == "temporary" and info.base is None
@@ -331,7 +357,8 @@ def _arena(problems: Problems, region: RegionPlan, batch: object, bounds: Mappin
             problems.add(where, f"offset {info.offset}; it {'needs' if needs else 'must not have'} one")
         if not needs or info.offset is None:
             continue
-        start, end = info.offset, info.offset + aligned(slot_bytes(info, bounds))
+        most = of_bucket(bounds, tokens[at]) if at in tokens else bounds  # scratch: of its bucket
+        start, end = info.offset, info.offset + aligned(slot_bytes(info, most))
         if start < 0 or start % ALIGNMENT:
             problems.add(where, f"offset {start} is no multiple of {ALIGNMENT}")
         for other, known, low, high in placed:

@@ -69,7 +69,28 @@ class SlotInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     offset: int | None
 
 
-class Step(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Launch(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One launch of a kernel.
+
+    Attributes:
+        kernel: its key in the artifact. grid: programs in each dimension.
+        args: its run-time arguments in the order of its signature; slots of tensors, sizes, numbers, None (null).
+    """
+
+    kernel: str
+    grid: list[int | str]
+    args: list[Scalar]
+
+
+class Bucket(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How a step of at most `tokens` tokens is launched; `scratch`: slots that live during the step only."""
+
+    tokens: int
+    launches: list[Launch]
+    scratch: list[int]
+
+
+class Step(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """One operation.
 
     Attributes:
@@ -77,6 +98,7 @@ class Step(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         outputs: the slot of each result, None for a result nobody uses.
         release: slots whose storage no later step uses.
         source: `file:line` of the model, for messages and tables.
+        buckets: on a GPU, the launches that compute it, for the fewest tokens first; empty: torch's own kernel.
     """
 
     op: str
@@ -85,6 +107,7 @@ class Step(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     outputs: list[int | None]
     release: list[int]
     source: str
+    buckets: list[Bucket] = []
 
 
 class RegionInput(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

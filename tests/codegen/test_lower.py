@@ -14,6 +14,7 @@ from atomc.artifact.check_region import Problems, check_region
 from atomc.artifact.plan import SYMBOLS, RegionPlan, Role, SlotInfo, Step
 from atomc.codegen.lower import EXAMPLE, Lowering, LoweringError
 from atomc.passes.graph import location
+from atomc.targets import get_target
 
 BOUNDS = dict.fromkeys(SYMBOLS, 1) | {"T": 64, "B": 8}
 WIDTH = 16
@@ -48,7 +49,9 @@ def captured(function: Callable[..., Any], **arguments: tuple[Role, tuple[int | 
         if "_assert" in str(node.target):
             gm.graph.erase_node(node)
     count = len(torch.utils._pytree.tree_leaves(next(n for n in gm.graph.nodes if n.op == "output").args))
-    return Lowering("region", gm, names, [f"out{i}" for i in range(count)], symbols, BOUNDS, location)
+    return Lowering(
+        "region", gm, names, [f"out{i}" for i in range(count)], symbols, BOUNDS, location, get_target("cpu")
+    )
 
 
 def lowered(function: Callable[..., Any], **arguments: tuple[Role, tuple[int | str, ...]]) -> RegionPlan:

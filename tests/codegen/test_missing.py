@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from atomc.codegen import kernels
+from atomc.codegen import hosts
+from atomc.codegen.aot import KernelError
 from atomc.codegen.missing import Missing, is_view, missing_kernels, refuse
 from atomc.runtime.loader import read_plan
 from atomc.targets import get_target
@@ -20,26 +21,51 @@ def test_the_cpu_runs_everything(artifact: Path) -> None:
 
 @pytest.mark.parametrize("target", ["mi355x", "h100"])
 def test_every_step_that_makes_data_needs_a_kernel(artifact: Path, target: str) -> None:
+    """A plan for the cpu has operators that no kernel computes: full-precision experts, dequantised weights."""
     _, regions = read_plan(artifact)
     for region in regions.values():
-        expected = Counter(step.op for step in region.steps if not is_view(step, region))
+        steps = [(s.op, s) for s in region.steps if s.op not in hosts.HOSTS]
+        steps += [(s.op, s) for s in region.prepare if s.op not in hosts.PREPARES]
+        expected = Counter(op for op, step in steps if not is_view(step, region))
         found = missing_kernels(region, get_target(target))
         assert {m.op: m.count for m in found} == expected
         for item in found:
-            assert item.source == next(s.source for s in region.steps if s.op == item.op and not is_view(s, region))
+            assert item.source in {step.source for op, step in steps if op == item.op}
             assert ".py:" in item.source
-    csa = regions["layer_csa_topk"]
-    assert not any("slice" in m.op or "transpose" in m.op for m in missing_kernels(csa, get_target(target)))
-    # A reshape of a transposed tensor copies, so that one reshape needs a kernel and the others do not.
-    assert [m.count for m in missing_kernels(csa, get_target(target)) if m.op == "aten.reshape.default"] == [1]
+    csa = missing_kernels(regions["layer_csa_topk"], get_target(target))
+    assert "atom.moe_experts.default" in {m.op for m in csa}
+    assert not any("slice" in m.op or "transpose" in m.op for m in csa)
 
 
 def test_an_operator_with_a_kernel_is_not_missing(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, regions = read_plan(artifact)
-    monkeypatch.setitem(kernels.KERNELS, "atom.swiglu.default", frozenset({"mi355x"}))
     region = regions["layer_csa_topk"]
+    monkeypatch.delitem(hosts.HOSTS, "atom.swiglu.default")
+    assert "atom.swiglu.default" in {m.op for m in missing_kernels(region, get_target("mi355x"))}
+    monkeypatch.setitem(hosts.HOSTS, "atom.swiglu.default", ("kernels.swiglu", "swiglu"))
     assert "atom.swiglu.default" not in {m.op for m in missing_kernels(region, get_target("mi355x"))}
-    assert "atom.swiglu.default" in {m.op for m in missing_kernels(region, get_target("h100"))}
+
+
+def test_every_host_function_is_there() -> None:
+    pytest.importorskip("triton", reason="kernels are written in triton, which is an extra")
+    for op in hosts.HOSTS:
+        host = hosts.host_of(op, get_target("h100"))
+        assert callable(host), op
+        assert hosts.host_of(op, get_target("cpu")) is None
+    assert hosts.host_of("aten.bmm.default", get_target("h100")) is None
+
+
+def test_without_triton_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> None:
+        raise ModuleNotFoundError(f"No module named {wanted!r}", name=wanted)
+
+    monkeypatch.setattr(hosts, "import_module", absent)
+    wanted = "triton"
+    with pytest.raises(KernelError, match=r"kernels for h100 are compiled by Triton: pip install 'atomc\[kernels\]'"):
+        hosts.host_of("atom.swiglu.default", get_target("h100"))
+    wanted = "other"
+    with pytest.raises(ModuleNotFoundError):
+        hosts.host_of("atom.swiglu.default", get_target("h100"))
 
 
 def test_the_error_lists_each_operator_once() -> None:

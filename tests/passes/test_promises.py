@@ -50,7 +50,8 @@ def keep(config: DeepseekV4Config, dtype: torch.dtype) -> None:
 
 
 def test_every_pass_that_can_find_something_is_promised() -> None:
-    free = {"canonicalize", "dead_code"}  # what they erase is no fact about the model
+    # What is left for these is no fact about the model; what a checkpoint stores in bf16 is none either.
+    free = {"canonicalize", "dead_code", "pointwise", "wide_linears"}
     labels = {p.label for target in ("cpu", "h100") for p in pipelines.compilation(target=get_target(target))}
     assert labels - free == set(NONE)
 
@@ -84,7 +85,14 @@ def compiled(
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     ("scheme", "target"),
-    [*((s, "cpu") for s in SCHEMES), ("native", "h100"), ("native", "mi300x"), ("fp8", "mi300x"), ("mxfp4", "mi355x")],
+    [
+        *((s, "cpu") for s in SCHEMES),
+        ("native", "h100"),
+        ("native", "mi300x"),
+        ("fp8", "mi300x"),
+        ("mxfp4", "mi355x"),
+        ("none", "b200"),
+    ],
 )
 def test_the_promises_of_every_scheme(
     captured: tuple[ModelSource, dict[str, Program]], scheme: str, target: str, dtype: str
@@ -201,7 +209,7 @@ def test_the_promised_products_are_those_of_the_graph(
 
 def test_the_promises_of_the_kinds() -> None:
     config = tiny(compress_ratios=[0, 16, 4], num_hash_layers=1)
-    assert set(promised_matches(config, "prologue").values()) == {0}
+    assert {k: n for k, n in promised_matches(config, "prologue").items() if n} == {"pointwise": 12}
     assert promised_matches(config, "layer_csa_topk")["fuse_compressor_pool_norm_rope_insert"] == 2
     assert promised_matches(config, "layer_swa_hash")["fuse_route_hash"] == 1
     with pytest.raises(KeyError):

@@ -1,0 +1,246 @@
+"""GEMM y = x wᵀ summed in fp32: router, compressors, indexer weights, lm head (spec 2.5 - 2.8, 6.1 K7, K20).
+
+Terms:
+    weight first   the weight's rows are the matrix unit's 64 rows and the tokens its columns: for few tokens, so that
+                   none of its rows is idle. Else tokens are its rows.
+    splits         programs that share a tile, each with a part of K; their fp32 sums are added in order by a second
+                   kernel, so that the result has the same bits in every run.
+    parts          an fp32 value as a sum of three bf16 values, exactly (8 + 8 + 8 bits of significand).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from atomc.codegen.device import Device, cdiv
+
+BAND = tl.constexpr(8)  # token tiles that take turns at a tile of the weight, so that both stay in L2
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """A configuration.
+
+    Attributes:
+        first: weight first. tokens, rows, depth: of a tile: of x, of the weight, along K. splits: of K.
+    """
+
+    first: bool
+    tokens: int
+    rows: int
+    depth: int
+    splits: int
+    warps: int
+    stages: int
+
+    @property
+    def constants(self) -> dict[str, int | bool]:
+        """What a kernel is told."""
+        return {"FIRST": self.first, "BM": self.tokens, "BN": self.rows, "BK": self.depth, "SPLITS": self.splits}
+
+
+@triton.jit
+def place(pid, M, BM: tl.constexpr, TILES: tl.constexpr):
+    """(tile of tokens, tile of the weight): BAND tiles of tokens at a time, with them the weight's tiles in order."""
+    tiles_m = tl.cdiv(M, BM)
+    first = pid // (BAND * TILES) * BAND
+    size = tl.minimum(tiles_m - first, BAND)
+    within = pid % (BAND * TILES)
+    return first + within % size, within // size
+
+
+@triton.jit
+def load_tokens(at, inside, k, step, K: tl.constexpr, BK: tl.constexpr):
+    """[BM, BK] of x at a step of K; 0 past the last token, where `inside` is false, and past K."""
+    mask = inside[:, None] if K % BK == 0 else inside[:, None] & (step * BK + k < K)[None, :]
+    return tl.load(at + step * BK, mask=mask, other=0.0)
+
+
+@triton.jit
+def load_rows(at, k, step, K: tl.constexpr, BK: tl.constexpr):
+    """[BN, BK] of the weight at a step of K; 0 past K."""
+    if K % BK == 0:
+        return tl.load(at + step * BK)
+    else:
+        return tl.load(at + step * BK, mask=(step * BK + k < K)[None, :], other=0.0)
+
+
+@triton.jit
+def rows_of(first, N: tl.constexpr, START: tl.constexpr, B: tl.constexpr):
+    """Rows START .. START + B - 1 of a weight's tile that begins at `first`; past the end the last one again."""
+    rows = START + tl.arange(0, B)
+    return rows if N % (START + B) == 0 else tl.minimum(rows, N - 1 - first)
+
+
+@triton.jit
+def keep(acc, out, m0, n0, M, N, ROW: tl.constexpr, FIRST: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """Store a tile: tokens m0.. of M, columns n0.. of N, into `out` with ROW columns, cast to its type."""
+    m, n = tl.arange(0, BM), tl.arange(0, BN)
+    at = out + m0.to(tl.int64) * ROW + n0
+    if FIRST:
+        where, mask = m[None, :] * ROW + n[:, None], (m0 + m[None, :] < M) & (n0 + n[:, None] < N)
+    else:
+        where, mask = m[:, None] * ROW + n[None, :], (m0 + m[:, None] < M) & (n0 + n[None, :] < N)
+    tl.store(at + where, acc.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def sum_splits(partial, out, M, N: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+    """out [M, N] = the sum of partial [SPLITS, M, N] in order."""
+    total = tl.cast(M, tl.int64) * N
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for s in tl.static_range(SPLITS):
+        acc += tl.load(partial + s * total + i, mask=i < total, other=0.0)
+    tl.store(out + i, acc.to(out.dtype.element_ty), mask=i < total)
+
+
+@triton.jit
+def by_parts(acc, a, b, SPLIT_A: tl.constexpr):
+    """acc + a b, one operand fp32 and taken as three bf16 parts, the least first."""
+    wide = a if SPLIT_A else b
+    high = wide.to(tl.bfloat16)
+    rest = wide - high.to(tl.float32)
+    middle = rest.to(tl.bfloat16)
+    low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+    for part in tl.static_range(3):
+        piece = low if part == 0 else (middle if part == 1 else high)
+        acc = tl.dot(piece, b, acc) if SPLIT_A else tl.dot(a, piece, acc)
+    return acc
+
+
+@triton.jit
+def gemm(
+    x, w, out, M,
+    N: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
+    FIRST: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """A tile [BM, BN] of x [M, K] wᵀ [K, N], or a split's share of it: out is then fp32 [SPLITS, M, N]."""
+    tile_m, tile_n = place(tl.program_id(0), M, BM, (N + BN - 1) // BN)
+    m0, n0, split = tile_m * BM, tile_n * BN, tl.program_id(1)
+    steps: tl.constexpr = (K + BK - 1) // BK
+    share: tl.constexpr = (steps + SPLITS - 1) // SPLITS
+    k, m = tl.arange(0, BK), tl.arange(0, BM)
+    inside = m0 + m < M
+    x_at = x + m0.to(tl.int64) * K + (m[:, None] * K + k[None, :])
+    w_at = w + n0.to(tl.int64) * K + (rows_of(n0, N, 0, BN)[:, None] * K + k[None, :])
+    acc = tl.zeros((BN, BM) if FIRST else (BM, BN), tl.float32)
+    for step in range(split * share, min(steps, (split + 1) * share)):
+        a, b = load_tokens(x_at, inside, k, step, K, BK), load_rows(w_at, k, step, K, BK)
+        if x.dtype.element_ty == tl.float32 and w.dtype.element_ty == tl.bfloat16:
+            acc = by_parts(acc, b, a.T, False) if FIRST else by_parts(acc, a, b.T, True)
+        else:
+            a = a.to(w.dtype.element_ty)  # bf16 tokens and an fp32 weight: both fp32
+            acc = (
+                tl.dot(b, a.T, acc, input_precision=PRECISION)
+                if FIRST
+                else tl.dot(a, b.T, acc, input_precision=PRECISION)
+            )
+    keep(acc, out + split.to(tl.int64) * M * N, m0, n0, M, N, N, FIRST, BM, BN)
+
+
+# -- host --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What is chosen for a target.
+
+    Attributes:
+        programs: for each compute unit, that a split of K aims at: up to 32 tokens, and from there to 64.
+        stages: of the pipeline, up to 64 tokens and above. row: bytes of a row of bf16 at a step, up to 64 tokens.
+    """
+
+    programs: tuple[int, int]
+    stages: tuple[int, int]
+    row: int
+
+
+# Not measured yet: from bytes in flight and shared memory.
+TUNED: Final = {
+    "h100": Tuned((2, 1), (4, 3), 128),
+    "h200": Tuned((2, 1), (4, 3), 128),
+    "b200": Tuned((2, 1), (4, 3), 128),
+    "mi355x": Tuned((2, 1), (3, 2), 256),
+    "mi300x": Tuned((2, 1), (2, 2), 256),
+}
+ANY: Final = {"nvidia": "h100", "amd": "mi300x"}
+
+
+def power_of_two(n: int) -> int:
+    """The least power of two that is not below n."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def splits_of(programs: int, steps: int, wanted: int, most: int) -> int:
+    """How many parts of K: as many as give at most `wanted` programs, of two steps or more; none is empty."""
+    parts = max(1, min(wanted // programs, most, steps // 2))
+    return cdiv(steps, cdiv(steps, parts))
+
+
+def choose(device: Device, n: int, k: int, itemsize: int, groups: int = 1) -> Tiles:
+    """The configuration for `groups` weights [n, k] with elements of `itemsize` bytes, and `device.tokens` tokens."""
+    units, few = device.target.compute_units, device.tokens <= 64
+    tuned = TUNED.get(device.target.name) or TUNED[ANY[device.target.vendor]]
+    depth = max(32, min(power_of_two(k), (tuned.row if few and itemsize == 2 else 128) // itemsize))
+    steps = cdiv(k, depth)
+    if few:
+        tokens = max(16, power_of_two(device.tokens))
+        rows = 128 if tokens == 64 and groups * n // 128 >= units else 64
+        wanted = tuned.programs[tokens == 64] * units
+        splits = splits_of(groups * cdiv(n, rows), steps, wanted, 32)
+        first = tokens < 64 or itemsize == 4
+        return Tiles(first, tokens, rows, depth, splits, 4 if rows == 64 else 8, tuned.stages[0])
+    tiles = groups * cdiv(device.tokens, 128) * cdiv(n, 128)
+    rows = 256 if itemsize < 4 and tiles >= 2 * units and n % 256 == 0 else 128
+    tokens = 128 if 10 * tiles >= 9 * units and itemsize < 4 else 64
+    splits = splits_of(groups * cdiv(device.tokens, tokens) * cdiv(n, rows), steps, units, 8)
+    return Tiles(itemsize == 4, tokens, rows, depth, splits, 8, tuned.stages[1])
+
+
+def launch_with_splits(
+    device: Device, kernel: Any, args: Mapping[str, Any], constants: Mapping[str, Any], tiles: Tiles,
+    shape: tuple[int, int, int], dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """Launch a GEMM of shape (tokens, columns, weight tiles) and, if K is split, the sum of its parts -> [M, N]."""
+    m, n, weight_tiles = shape
+    out = device.empty((m, n), dtype)
+    partial = out if tiles.splits == 1 else device.empty((tiles.splits, m, n), torch.float32)
+    grid = (cdiv(m, tiles.tokens) * weight_tiles, tiles.splits)
+    given = {**args, "out": partial, "M": m}
+    device.launch(kernel, grid, given, {**constants, **tiles.constants}, tiles.warps, tiles.stages)
+    if tiles.splits > 1:
+        block = 16 * device.target.wavefront  # 16 bytes a lane
+        summed = {"partial": partial, "out": out, "M": m}
+        told = {"N": n, "SPLITS": tiles.splits, "BLOCK": block}
+        device.launch(sum_splits, (cdiv(m * n, block),), summed, told, 4, 1)
+    return out
+
+
+def _linear(device: Device, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    n, k = weight.shape
+    flat = x.view(-1, k)
+    tiles = choose(device, n, k, max(x.dtype.itemsize, weight.dtype.itemsize))
+    exact = "tf32x3" if device.target.vendor == "nvidia" else "bf16x6"
+    fp32 = weight.dtype == torch.float32
+    constants = {"N": n, "K": k, "PRECISION": exact if fp32 else "ieee"}
+    shape = (flat.shape[0], n, cdiv(n, tiles.rows))
+    out = launch_with_splits(device, gemm, {"x": flat, "w": weight}, constants, tiles, shape, dtype)
+    return out.view(*x.shape[:-1], n)
+
+
+def linear(device: Device, x: Tensor, weight: Tensor) -> Tensor:
+    """`torch.nn.functional.linear` of x [..., K] and weight [N, K] -> [..., N] in x's dtype, bf16 or fp32."""
+    return _linear(device, x, weight, x.dtype)
+
+
+def linear_fp32(device: Device, x: Tensor, weight: Tensor) -> Tensor:
+    """The product in fp32 of x [..., K] and weight [N, K], each bf16 or fp32: nothing is rounded before the sums."""
+    return _linear(device, x, weight, torch.float32)

@@ -1,0 +1,108 @@
+"""Steps on a GPU: kernels of the artifact, launched into memory that the plan has placed; torch's own for the rest.
+
+Contract:
+    Results and scratch of a launched step are views of one arena, at the offsets of the plan. Values that pass between
+    regions have memory of their own. Nothing is compiled, and a launched step allocates nothing on the device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from atomc.artifact.expr import parse
+from atomc.artifact.kernels import read_kernels
+from atomc.artifact.plan import Bucket, Launch, RegionPlan, Size, Slot, SlotInfo, Step
+from atomc.runtime.bind import Environment, Getter, Sizes
+from atomc.runtime.launcher import Kernel, load_kernel
+
+
+class Gpu:
+    """A device with an artifact's kernels loaded, and the arena that its regions share."""
+
+    def __init__(self, folder: Path, arena_bytes: int, device: int = 0) -> None:
+        self.index, self.device = device, torch.device("cuda", device)
+        self.arena = torch.empty(max(arena_bytes, 1), dtype=torch.uint8, device=self.device)
+        self.kernels: dict[str, Kernel] = {
+            key: load_kernel(folder / "kernels" / f"{key}.bin", facts, device)
+            for key, facts in read_kernels(folder).items()
+        }
+
+    def stream(self) -> int:
+        """The handle of the stream that steps run on."""
+        handle: int = torch.cuda.current_stream(self.device).cuda_stream
+        return handle
+
+
+class Memory:
+    """Where one slot lives: a view of the arena, or memory of its own."""
+
+    def __init__(self, info: SlotInfo, gpu: Gpu) -> None:
+        self.gpu, self.offset = gpu, info.offset
+        self.dtype: torch.dtype = getattr(torch, info.dtype)
+        self.shape = [parse(s) if isinstance(s, str) else s for s in info.shape]
+
+    def tensor(self, sizes: Sizes) -> Tensor:
+        """Uninitialised memory of the slot's shape."""
+        shape = [s if isinstance(s, int) else s(sizes) for s in self.shape]
+        if self.offset is None:
+            return torch.empty(shape, dtype=self.dtype, device=self.gpu.device)
+        size = math.prod(shape) * self.dtype.itemsize
+        return self.gpu.arena[self.offset : self.offset + size].view(self.dtype).view(shape)
+
+
+class BoundLaunch:
+    """One launch: its kernel, grid and arguments as functions of the environment and the sizes."""
+
+    def __init__(self, launch: Launch, gpu: Gpu) -> None:
+        self.kernel = gpu.kernels[launch.kernel]
+        self.grid = [parse(g) if isinstance(g, str) else g for g in launch.grid]
+        self.arguments: list[Getter] = [_getter(a) for a in launch.args]
+
+    def run(self, env: Environment, sizes: Sizes, stream: int) -> None:
+        """Launch it; an empty grid has nothing to do."""
+        grid = [g if isinstance(g, int) else g(sizes) for g in self.grid]
+        if all(grid):
+            self.kernel.launch(grid, [get(env, sizes) for get in self.arguments], stream)
+
+
+def _getter(argument: Any) -> Getter:
+    if isinstance(argument, Slot):
+        place = argument.id
+        return lambda env, _: env[place]
+    if isinstance(argument, Size):
+        size = parse(argument.expr)
+        return lambda _, sizes: size(sizes)
+    return lambda _env, _sizes: argument
+
+
+class LaunchStep:
+    """A step of the plan that kernels compute."""
+
+    def __init__(self, step: Step, plan: RegionPlan, gpu: Gpu) -> None:
+        self.gpu, self.release = gpu, step.release
+        self.outputs = [(slot, Memory(plan.slots[slot], gpu)) for slot in step.outputs if slot is not None]
+        self.buckets = [self._bucket(bucket, plan) for bucket in step.buckets]
+
+    def _bucket(self, bucket: Bucket, plan: RegionPlan) -> tuple[int, list[tuple[int, Memory]], list[BoundLaunch]]:
+        scratch = [(slot, Memory(plan.slots[slot], self.gpu)) for slot in bucket.scratch]
+        return bucket.tokens, scratch, [BoundLaunch(launch, self.gpu) for launch in bucket.launches]
+
+    def run(self, env: Environment, sizes: Sizes) -> None:
+        """Launch the bucket of the step's tokens."""
+        _, scratch, launches = next(b for b in self.buckets if sizes["T"] <= b[0])
+        for slot, memory in (*self.outputs, *scratch):
+            env[slot] = memory.tensor(sizes)
+        stream = self.gpu.stream()
+        for launch in launches:
+            launch.run(env, sizes, stream)
+
+
+def on_device(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Tensors moved to a device, one after the other."""
+    return {name: tensor.to(device) for name, tensor in tensors.items()}

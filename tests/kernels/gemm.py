@@ -1,0 +1,99 @@
+"""Cases of the GEMM of tensors that are not quantised."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from atomc.codegen.device import Device
+from atomc.codegen.kernels import gemm
+from atomc.ops import OPS
+from tests.support.kernel_cases import Case
+
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+def arguments(x: tuple[int, ...], n: int, dtypes: tuple[torch.dtype, torch.dtype], size: float) -> list[Any]:
+    """x [..., K] and a weight [N, K]. torch's own operator has no entry in OPS: the lane's process gets one here."""
+    known = SimpleNamespace(reference=F.linear, overload=torch.ops.aten.linear.default, mutates=())
+    OPS.setdefault("linear", known)  # type: ignore[arg-type]
+    values = torch.randn(x) * size
+    values[..., :16] *= 16
+    return [values.to(dtypes[0]), (torch.randn(n, x[-1]) * x[-1] ** -0.5).to(dtypes[1])]
+
+
+def case(
+    name: str, x: tuple[int, ...], n: int, dtypes: tuple[torch.dtype, torch.dtype], op: str = "linear_fp32",
+    size: float = 1.0, slow: bool = False, tokens: int = 0,
+) -> Case:  # fmt: skip
+    make = lambda: arguments(x, n, dtypes, size)  # noqa: E731
+    return Case(name, op, getattr(gemm, op), make, tokens or x[0], slow=slow)
+
+
+PAIRS = ((BF16, BF16), (FP32, BF16), (FP32, FP32), (BF16, FP32))
+SHAPES = (
+    ((1, 128), 64), ((5, 200), 130), ((16, 512), 96), ((33, 384), 64), ((64, 256), 80), ((70, 136), 144),
+    ((2, 3, 64), 48),
+)  # fmt: skip
+
+
+def title(dtypes: tuple[torch.dtype, torch.dtype]) -> str:
+    return "-".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+CASES = [
+    *(case(f"fp32 {title(d)} {x} {n}", x, n, d, tokens=math.prod(x[:-1])) for x, n in SHAPES for d in PAIRS),
+    *(case(f"linear {title((d, d))} {x} {n}", x, n, (d, d), "linear") for x, n in SHAPES[:6] for d in (BF16, FP32)),
+    case("fp32 split", (3, 2048), 72, (BF16, BF16)),
+    case("linear split", (3, 2048), 64, (BF16, BF16), "linear"),
+    case("fp32 prefill split", (70, 1024), 128, (BF16, BF16)),
+    case("fp32 wide tiles", (130, 128), 256, (BF16, BF16), tokens=1 << 17),
+    *(case(f"fp32 tall tiles {title(d)}", (130, 96), 136, d, tokens=1 << 17) for d in PAIRS),
+    *(case(f"fp32 {name} {title(d)}", (5, 256), 64, d, size=size) for name, size in (("huge", 1e4), ("tiny", 1e-6))
+      for d in PAIRS[:3]),
+    *(
+        case(f"fp32 real {m}x{n}x{k} {title(d)}", (m, k), n, d, slow=True)
+        for m in (1, 16, 64, 300, 2100)
+        for n, k in ((256, 4096), (2048, 4096), (384, 7168))
+        for d in PAIRS[:3]
+    ),
+    *(case(f"fp32 head {m}", (m, 4096), 129280, (BF16, BF16), slow=True) for m in (1, 64)),
+]  # fmt: skip
+
+
+# -- ahead of time -----------------------------------------------------------------------------------------------------
+
+
+def product(
+    n: int, k: int, dtypes: tuple[torch.dtype, torch.dtype], op: str = "linear_fp32"
+) -> Callable[[Device], Any]:
+    """A launch at a model's shape."""
+
+    def run(device: Device) -> Any:
+        x = torch.empty(device.tokens, k, dtype=dtypes[0], device="meta")
+        return getattr(gemm, op)(device, x, torch.empty(n, k, dtype=dtypes[1], device="meta"))
+
+    return run
+
+
+FLASH = {"router": (256, 4096), "compressor": (2048, 4096), "hca compressor": (1024, 4096), "index": (512, 4096),
+         "weights_proj": (64, 4096), "head": (129280, 4096)}  # fmt: skip
+PRO = {"router": (384, 7168), "compressor": (2048, 7168), "hca compressor": (1024, 7168), "index": (512, 7168),
+       "weights_proj": (64, 7168), "head": (129280, 7168)}  # fmt: skip
+PRODUCTS = [
+    *(
+        (f"{model} {name}", product(*shape, (BF16, BF16)))
+        for model, shapes in (("flash", FLASH), ("pro", PRO))
+        for name, shape in shapes.items()
+    ),
+    *((f"flash router {title(d)}", product(256, 4096, d)) for d in PAIRS[1:]),
+    *((f"flash head {title(d)}", product(129280, 4096, d)) for d in PAIRS[1:3]),
+    ("flash wqkv_a bf16", product(1536, 4096, (BF16, BF16), "linear")),
+    ("flash wqkv_a fp32", product(1536, 4096, (FP32, FP32), "linear")),
+]
+AOT = [(f"{name} {tokens}", run) for name, run in PRODUCTS for tokens in (1, 16, 64, 8192)]
