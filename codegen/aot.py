@@ -102,9 +102,12 @@ def _unfit(made: Any, target: Target) -> str:
     known, text = made.metadata, made.asm["amdgcn" if target.vendor == "amd" else "ptx"]
     if known.shared > target.shared_bytes:
         return f"it needs {known.shared} bytes of shared memory, and a workgroup may have {target.shared_bytes}"
-    if (getattr(known, "tmem_size", None) or 0) > TENSOR_MEMORY:
-        return f"it needs {known.tmem_size} columns of tensor memory, and there are {TENSOR_MEMORY}"
-    if scratch := known.global_scratch_size + known.profile_scratch_size:
+    # What a backend has no such thing of, its metadata does not name.
+    names = ("tmem_size", "global_scratch_size", "profile_scratch_size")
+    columns, *scratches = (getattr(known, name, None) or 0 for name in names)
+    if columns > TENSOR_MEMORY:
+        return f"it needs {columns} columns of tensor memory, and there are {TENSOR_MEMORY}"
+    if scratch := sum(scratches):
         return f"it needs {scratch} bytes of scratch memory, which no launch gives it"
     return "" if STORES.search(text) else "it came out empty: it stores nothing"
 

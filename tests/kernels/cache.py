@@ -160,5 +160,3 @@ AOT = [
       for tokens in (1, 16, 64, 8192)),
     *((f"pack and insert {tokens}", aot_rest(tokens)) for tokens in (1, 8192)),
 ]  # fmt: skip
-# Why a kernel may show bytes of stack.
-SPILLS = {"store_rows": "8 bytes on sm_100: the frame of the exact division's slow path; it uses 26 registers"}

@@ -95,4 +95,4 @@ def _hyper(device: Device) -> None:
         hc.hc_head_norm(device, h, *head, weight, 1e-6, 1e-6)
 
 
-AOT = [("hyper-connections", _hyper)]
+AOT = [(f"hyper-connections {tokens}", _hyper) for tokens in (1, 16, 64, 8192)]

@@ -137,4 +137,4 @@ def _index(device: Device) -> None:
                 )  # fmt: skip
 
 
-AOT = [("indexer", _index)]
+AOT = [(f"indexer {tokens}", _index) for tokens in (1, 16, 64, 8192)]

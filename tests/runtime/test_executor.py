@@ -253,6 +253,7 @@ def test_batches_that_the_artifact_is_not_compiled_for(executor: Executor) -> No
         (good._replace(positions=good.positions[1:]), "batch.positions is [7]"),
         (good._replace(window_table=good.window_table[:, 1:]), "batch.window_table"),
         (good._replace(query_start=good.query_start[1:]), "batch.query_start"),
+        (good._replace(logit_rows=torch.zeros(good.ids.shape[0] + 1, dtype=torch.int32)), "rows of logits"),
     ]
     for batch, message in wrong:
         with pytest.raises(BatchError) as raised:
