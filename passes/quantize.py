@@ -205,7 +205,7 @@ class Quantize(Pass):
         first = next(iter(node.users), None)
         ctx.decisions.append(
             Decision("weight", ctx.module_paths[node.name].removesuffix(".weight"), list(final.shape),
-                     _short(final.dtype), final.numel() * final.dtype.itemsize, _stored_text(recipe, ctx),
+                     _short(final.dtype), final.numel() * final.dtype.itemsize, _stored_text(recipe, final.dtype, ctx),
                      dense_origin(recipe, ctx.spec_of), lowering, by,
                      location(first) if first is not None else "?")
         )  # fmt: skip
@@ -286,12 +286,14 @@ def _check_experts(inputs: Mapping[str, str | None]) -> None:
         )
 
 
-def _stored_text(recipe: Recipe, ctx: Context) -> str:
-    """How the checkpoint stores a weight, in words."""
-    if isinstance(recipe, Stack | Concat):
-        return " and ".join(dict.fromkeys(_stored_text(part, ctx) for part in recipe.parts))
-    bare = uncast(recipe)
-    return str(stored_layout(bare) or _short(ctx.spec_of(bare).dtype))
+def _stored_text(recipe: Recipe, dtype: torch.dtype, ctx: Context) -> str:
+    """How the checkpoint stores a weight that comes out in `dtype`, in words."""
+    match recipe:
+        case Stack(parts=parts) | Concat(parts=parts):
+            return " and ".join(dict.fromkeys(_stored_text(part, dtype, ctx) for part in parts))
+        case Cast(source=source):
+            return str(stored_layout(source) or _short(ctx.spec_of(source).dtype))
+    return str(stored_layout(recipe) or _short(dtype))
 
 
 def _mixed(recipe: Recipe) -> str:

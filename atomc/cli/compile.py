@@ -29,7 +29,9 @@ def compile_command(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="The artifact's folder.", show_default="MODEL.atom")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Compute dtype: float32 or bfloat16.")] = "float32",
+    dtype: Annotated[
+        str | None, typer.Option(help="Compute dtype: float32 or bfloat16; bfloat16 for a GPU, float32 for the cpu.")
+    ] = None,
     scheme: SchemeOption = "native",
     cache_rows: Annotated[
         str | None, typer.Option(help="Window and compressed rows: compute, bf16, fp8.", show_default="the scheme's")
@@ -61,7 +63,7 @@ def compile_command(
     from atomc.cli.paths import check_folder
     from atomc.targets import get_target
 
-    get_target(target)
+    known = get_target(target)
     _check_positive(
         ("--max-context", max_context), ("--max-batch-tokens", max_batch_tokens), ("--max-requests", max_requests),
         ("--max-logit-rows", max_logit_rows),
@@ -70,13 +72,20 @@ def compile_command(
     if dump_ir is not None:
         check_folder(dump_ir, "--dump-ir")
     from atomc.artifact.store import check_output
-    from atomc.compiler import Options
+    from atomc.cli.failure import OptionError
+    from atomc.compiler import CompileError, Options, check_stop
 
     if stop_after is None:
         check_output(path)
+    else:
+        try:
+            check_stop(stop_after, known)
+        except CompileError as error:
+            raise OptionError(str(error)) from error
 
     options = Options(
-        dtype=dtype, scheme=scheme, rows=cache_rows or "", index_rows=index_rows or "", scales=scales,
+        dtype=dtype or ("bfloat16" if known.is_gpu else "float32"),
+        scheme=scheme, rows=cache_rows or "", index_rows=index_rows or "", scales=scales,
         calibration=calibration,
         max_context=max_context or 0, max_batch_tokens=max_batch_tokens, max_requests=max_requests,
         max_logit_rows=min(max_batch_tokens, 512) if max_logit_rows is None else max_logit_rows,

@@ -209,7 +209,7 @@ def test_the_promised_products_are_those_of_the_graph(
 
 def test_the_promises_of_the_kinds() -> None:
     config = tiny(compress_ratios=[0, 16, 4], num_hash_layers=1)
-    assert {k: n for k, n in promised_matches(config, "prologue").items() if n} == {"pointwise": 12}
+    assert set(promised_matches(config, "prologue").values()) == {0}
     assert promised_matches(config, "layer_csa_topk")["fuse_compressor_pool_norm_rope_insert"] == 2
     assert promised_matches(config, "layer_swa_hash")["fuse_route_hash"] == 1
     with pytest.raises(KeyError):
