@@ -16,7 +16,7 @@ STAMP   := $(VENV)/.stamp
 PYTEST  := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check lint bench clean distclean
+.PHONY: help venv demo test kernels check lint bench clean distclean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */\1\t/' | expand -t 12
@@ -43,10 +43,13 @@ demo: venv  ## compile a small, trained DeepSeek-V4, explain it, generate text; 
 	$(ATOMC) compile deepseek-v4-nano --target mi355x -o build/nano-mi355x.atom
 
 test: venv  ## every test that needs no GPU
-	$(PYTEST) --durations=10
+	$(PYTEST) -m "not exhaustive" --durations=10
+
+kernels: venv  ## compile every kernel at every shape for every target: half an hour
+	$(PYTEST) -m exhaustive
 
 check: lint  ## lint and the fast tests: before every commit
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not exhaustive"
 
 lint: venv  ## ruff, mypy --strict, the import contracts
 	$(BIN)/ruff check
