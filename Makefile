@@ -43,13 +43,13 @@ demo: venv  ## compile a small, trained DeepSeek-V4, explain it, generate text; 
 	$(ATOMC) compile deepseek-v4-nano --target mi355x -o build/nano-mi355x.atom
 
 test: venv  ## every test that needs no GPU
-	$(PYTEST) -m "not exhaustive" --durations=10
+	$(PYTEST) --durations=10
 
-kernels: venv  ## compile every kernel at every shape for every target: half an hour
-	$(PYTEST) -m exhaustive
+kernels: venv  ## every case of every kernel: in the interpreter, and compiled for every target
+	$(PYTEST) --every-kernel --durations=10 tests/kernels
 
 check: lint  ## lint and the fast tests: before every commit
-	$(PYTEST) -m "not slow and not exhaustive"
+	$(PYTEST) -m "not slow"
 
 lint: venv  ## ruff, mypy --strict, the import contracts
 	$(BIN)/ruff check
