@@ -24,7 +24,7 @@ from kernels import ceilings
 from torch import Tensor
 
 from atomc.artifact.expr import evaluate
-from atomc.artifact.plan import RegionPlan, SlotInfo
+from atomc.artifact.plan import SlotInfo
 from atomc.artifact.store import read_manifest
 from atomc.ops import Batch
 from atomc.runtime.executor import Executor, PoolSizes
@@ -112,13 +112,13 @@ def timed(step: Callable[[], Any], repeat: int) -> dict[str, float]:
     return {"device_s": statistics.median(device), "wall_s": statistics.median(clock)}
 
 
-def touched(regions: dict[str, RegionPlan], program: Any, config: dict[str, Any], tokens: int, rows: int) -> float:
+def touched(artifact: LoadedArtifact, config: dict[str, Any], tokens: int) -> float:
     """Bytes of weights that a step of `tokens` tokens reads: of experts, those expected under uniform routing."""
     total = 0.0
     count, chosen = config["n_routed_experts"], config["num_experts_per_tok"]
     hit = count * (1 - (1 - chosen / count) ** tokens)
-    for call in program.calls:
-        region = regions[call.region]
+    for call in artifact.program.calls:
+        region = artifact.regions[call.region]
         for item in region.inputs:
             if item.role != "weight":
                 continue
@@ -134,22 +134,22 @@ def touched(regions: dict[str, RegionPlan], program: Any, config: dict[str, Any]
     return total
 
 
-def state_bytes(executor: Executor, config: dict[str, Any], requests: int, context: int) -> float:
+def state_bytes(artifact: LoadedArtifact, config: dict[str, Any], requests: int, context: int) -> float:
     """Bytes of state that a decode step reads: window rows, all index rows, the selected compressed rows."""
-    program, total = executor.artifact_program, 0.0
-    for tensors in program.states.values():
+    serving, total = artifact.manifest.serving, 0.0
+    for tensors in artifact.program.states.values():
         by_name = {t.name: t for t in tensors}
         for name, tensor in by_name.items():
             size = float(torch.empty(0, dtype=getattr(torch, tensor.dtype)).element_size())
             for n in tensor.shape:
                 size *= n
             if tensor.pool == "window_pages":
-                total += requests * size * min(context, config["sliding_window"]) / executor.serving.window_page
+                total += requests * size * min(context, config["sliding_window"]) / serving.window_page
             elif tensor.pool == "blocks":
                 share = 1.0
                 if name == "rows" and "index_rows" in by_name:
                     share = min(1.0, config["index_topk"] / max(context / 4, 1))
-                total += requests * size * share * context / executor.serving.block_tokens
+                total += requests * size * share * context / serving.block_tokens
     return total
 
 
@@ -174,7 +174,6 @@ def main() -> int:
     pools = PoolSizes(most * serving.window_table_width + 1, most * serving.block_table_width + 1, most)
     start = time.perf_counter()
     executor = Executor(artifact, pools)
-    executor.artifact_program = artifact.program
     torch.cuda.synchronize()
     print(f"bound, rehearsed and captured in {time.perf_counter() - start:.2f} s")
     steps, rows = Steps(executor, most), []
@@ -182,8 +181,8 @@ def main() -> int:
         batch = steps.batch(requests, options.context - 1, 1)
         row = {"step": "decode", "requests": requests, "context": options.context}
         row |= timed(lambda batch=batch: executor.step(batch), options.repeat)
-        row["bytes"] = touched(artifact.regions, artifact.program, config, requests, requests)
-        row["bytes"] += state_bytes(executor, config, requests, options.context)
+        row["bytes"] = touched(artifact, config, requests)
+        row["bytes"] += state_bytes(artifact, config, requests, options.context)
         row["share_of_copy"] = row["bytes"] / row["device_s"] / best["copy"]
         rows.append(row)
         print(row, flush=True)

@@ -12,16 +12,15 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from atomc.artifact.expr import evaluate, parse
 from atomc.artifact.kernels import read_kernels
-from atomc.artifact.plan import DTYPE_BYTES, Bucket, Launch, RegionPlan, Size, Slot, SlotInfo, Step
-from atomc.runtime.bind import Environment, Getter, Sizes
-from atomc.runtime.launcher import Kernel, load_kernel
+from atomc.artifact.plan import DTYPE_BYTES, Bucket, Launch, RegionPlan, SlotInfo, Step
+from atomc.runtime.bind import Environment, Getter, Sizes, getter_of
+from atomc.runtime.launcher import Kernel, LaunchError, load_kernel
 
 
 class Gpu:
@@ -63,16 +62,15 @@ class Memory:
     """Where one slot lives: at its offset in the arena, or at the front of a buffer of its own."""
 
     def __init__(self, info: SlotInfo, gpu: Gpu, buffer: Tensor | None = None) -> None:
-        self.buffer = gpu.arena if buffer is None else buffer
-        self.offset = 0 if buffer is not None else info.offset
+        if buffer is None and info.offset is None:
+            raise LaunchError(f"{info.name} is made by a kernel, and the plan gives it no memory. Compile it again.")
+        self.buffer, self.offset = (gpu.arena, info.offset or 0) if buffer is None else (buffer, 0)
         self.dtype: torch.dtype = getattr(torch, info.dtype)
         self.shape = [parse(s) if isinstance(s, str) else s for s in info.shape]
 
     def tensor(self, sizes: Sizes) -> Tensor:
         """Uninitialised memory of the slot's shape."""
         shape = [s if isinstance(s, int) else s(sizes) for s in self.shape]
-        if self.offset is None:  # no kernel writes it here: a copy for what torch computes
-            return torch.empty(shape, dtype=self.dtype, device=self.buffer.device)
         size = math.prod(shape) * self.dtype.itemsize
         return self.buffer[self.offset : self.offset + size].view(self.dtype).view(shape)
 
@@ -83,23 +81,13 @@ class BoundLaunch:
     def __init__(self, launch: Launch, gpu: Gpu) -> None:
         self.kernel = gpu.kernels[launch.kernel]
         self.grid = [parse(g) if isinstance(g, str) else g for g in launch.grid]
-        self.arguments: list[Getter] = [_getter(a) for a in launch.args]
+        self.arguments: list[Getter] = [getter_of(a) for a in launch.args]
 
     def run(self, env: Environment, sizes: Sizes, stream: int) -> None:
         """Launch it; an empty grid has nothing to do."""
         grid = [g if isinstance(g, int) else g(sizes) for g in self.grid]
         if all(grid):
             self.kernel.launch(grid, [get(env, sizes) for get in self.arguments], stream)
-
-
-def _getter(argument: Any) -> Getter:
-    if isinstance(argument, Slot):
-        place = argument.id
-        return lambda env, _: env[place]
-    if isinstance(argument, Size):
-        size = parse(argument.expr)
-        return lambda _, sizes: size(sizes)
-    return lambda _env, _sizes: argument
 
 
 class LaunchStep:

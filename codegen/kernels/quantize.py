@@ -13,14 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from atomc.codegen.device import Device, cdiv
+from atomc.codegen.device import Device, cdiv, power_of_two
 from atomc.codegen.kernels.common import e8m0_byte, inverse_power, power_of_two_above
 from atomc.formats import Layout
-
-
-def power_of_two(n: int) -> int:
-    """The smallest power of two not below n."""
-    return 1 << max(n - 1, 0).bit_length()
 
 
 def layout_constants(text: str, block: int) -> dict[str, Any]:
