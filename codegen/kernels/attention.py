@@ -21,7 +21,7 @@ from torch import Tensor
 
 from atomc.codegen.device import Device, cdiv
 from atomc.codegen.kernels.attention_parts import finish, leave, reach
-from atomc.codegen.kernels.attention_records import attend_records, group_of
+from atomc.codegen.kernels.attention_records import attend_shares, attend_tokens, group_of
 from atomc.codegen.kernels.cache import (
     fetch_part,
     page_constants,
@@ -249,7 +249,7 @@ FEW = {"sm_90": Config(16, 32, 512, False, 8), "sm_100": Config(16, 64, 256, Tru
        "gfx950": Config(16, 64, 256, True, 4), "gfx942": Config(16, 64, 256, True, 4)}  # fmt: skip
 MANY = {"sm_90": Config(64, 64, 256, False, 8), "sm_100": Config(64, 64, 512, False, 8),
         "gfx950": Config(64, 32, 512, False, 4), "gfx942": Config(64, 32, 512, False, 4)}  # fmt: skip
-# Where packed rows are read ahead (`attend_records`, which has all channels at a time): few heads a program, many.
+# Where packed rows are read ahead (`attention_records`, which has all channels at a time): few heads a program, many.
 AHEAD = {"sm_90": (Config(16, 16, 512, False, 4), Config(64, 64, 512, False, 8))}
 EXACT = Config(16, 16, 128, False, 4)  # float32 has no matrix instruction of its precision: the reference's numbers
 
@@ -328,7 +328,7 @@ def sparse_attention_inverse_rope_quant(
 
 
 def _in_pieces(q: Tensor, shared: dict[str, Any]) -> bool:
-    """Whether `attend_records` may finish in pieces: where inverses of scales are bf16 values, and shapes as there."""
+    """Whether `attend_tokens` may finish in pieces: where inverses of scales are bf16 values, and shapes as there."""
     whole = q.shape[-1] == 8 * shared["RD"] == 4 * shared["QUANT"]
     return whole and shared["QSCALE"] == "e8m0" and q.dtype == torch.bfloat16
 
@@ -358,20 +358,37 @@ def _attention(
                  "WINDOW_PAGE": near["PAGE"], "WINDOW_SIZE": near["PAGE_SIZE"]}  # fmt: skip
     given = {**args, "part": part, "stats": stats, "window_columns": args["window_table"].shape[1],
              "block_columns": columns}  # fmt: skip
-    grid = (tokens * cdiv(heads, config.heads) * splits,)
+    programs = tokens * cdiv(heads, config.heads)
     if group:
-        for name in ("PACKED", "SCALES", "SCALE"):
-            del constants[name]
         constants |= {"GROUP": group, "LOG": (d // group).bit_length() - 1, "PIECES": _in_pieces(q, shared)}
-        device.launch(attend_records, grid, given, constants, warps=config.warps, stages=1)
+        _attend_records(device, given, constants, programs, config)
     else:
         width = min(padded, max(config.width, quant["QUANT"]))  # a part has whole groups of what is written
         align = gcd(16, *page_sizes, row["BODY"] if rows else d)
         constants |= {"SWAP": config.swap, "N": width, "PARTS": padded // width, "ALIGN": align}
-        device.launch(attend, grid, given, constants, warps=config.warps, stages=1)
+        device.launch(attend, (programs * splits,), given, constants, warps=config.warps, stages=1)
     if splits > 1:
         block = 1 if device.tokens <= 4 else 4
         given = {"part": part, "stats": stats, **{k: args[k] for k in ("cos", "sin", "out", "scales")}}
         kind = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}[q.dtype]
         constants = {**shared, "BH": block, "D": d, "DP": padded, "KIND": kind}
         device.launch(join, (tokens * cdiv(heads, block),), given, constants)
+
+
+def _attend_records(
+    device: Device, given: dict[str, Any], constants: dict[str, Any], items: int, config: Config
+) -> None:
+    """Launch one of the kernels of `attention_records` for so many blocks of heads of tokens."""
+    dropped = {"PACKED", "SCALES", "SCALE"}  # what `group_of` has made sure of
+    if constants["SPLITS"] > 1:
+        dropped |= {"RD", "QUANT", "FLOOR", "TOP", "QSCALE", "PIECES"}
+        given = {k: v for k, v in given.items() if k not in ("cos", "sin", "out", "scales")}
+        kept = {k: v for k, v in constants.items() if k not in dropped}
+        device.launch(attend_shares, (items * kept["SPLITS"],), given, kept, warps=config.warps, stages=1)
+        return
+    dropped |= {"SPLITS"}
+    at_once = 1 if config.heads >= 64 else 3  # programs that a multiprocessor has registers for
+    programs = min(device.target.compute_units * at_once, device.tokens * cdiv(constants["H"], config.heads))
+    kept = {k: v for k, v in constants.items() if k not in dropped}
+    given = {k: v for k, v in given.items() if k not in ("part", "stats")} | {"items": items}
+    device.launch(attend_tokens, (programs,), given, kept | {"PROGRAMS": programs}, warps=config.warps, stages=1)

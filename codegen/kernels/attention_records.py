@@ -1,9 +1,10 @@
 """Attention over packed rows that are read ahead of their products (spec 2.4, 4.2): what Hopper runs.
 
-A program has one token, a block of its heads and a share of its rows, as in `attention.attend`. While the products of
-BN rows run, the next BN are on their way into registers as they are stored; they are widened to the query's type when
-they are due. What leads to a row (its number, then its page) is read one block further ahead each, so that no load is
-waited for. A thread has few rows and many channels of each: addresses are the larger part of a gather's instructions.
+A program has a block of heads of one token and a share of its rows, or of several tokens one after the other and all
+rows. While the products of BN rows run, the next BN are on their way into registers as they are stored; they are
+widened to the query's type when they are due. What leads to a row (its number, then its page) is read one block further
+ahead each, so that no load is waited for. A thread has few rows and many channels of each: addresses are the larger
+part of a gather's instructions.
 Illegal: rows whose channels are not a power of two of whole groups, or whose scales are not 8 E8M0 bytes (`group_of`).
 """
 
@@ -56,9 +57,15 @@ def _numbers(
     return tl.where(ok, row, -1)
 
 
+@triton.constexpr_function
+def _code(window_page, page):
+    """How many numbers a page has in the numbers of rows."""
+    return triton.next_power_of_2(max(window_page, page))
+
+
 @triton.jit
 def _places(
-    block, row, near_table, far_table, turn, columns, near_blocks, CODE: tl.constexpr, CACHED: tl.constexpr,
+    block, row, near_table, far_table, turn, columns, near_blocks, CACHED: tl.constexpr,
     WINDOW_PAGE: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     """Numbers page x CODE + row in it of a block's rows, -1 where there is none."""
@@ -69,12 +76,12 @@ def _places(
         entry = tl.where(is_near, entry, far_table + row // PAGE)
         within = tl.where(is_near, within, row % PAGE)
     page = tl.load(entry, mask=row >= 0, other=0)
-    return tl.where(row >= 0, page * CODE + within, -1)
+    return tl.where(row >= 0, page * _code(WINDOW_PAGE, PAGE) + within, -1)
 
 
 @triton.jit
 def _fetch(
-    block, flat, window, cache, near_blocks, CODE: tl.constexpr, CACHED: tl.constexpr, WINDOW_PAGE: tl.constexpr,
+    block, flat, window, cache, near_blocks, CACHED: tl.constexpr, WINDOW_PAGE: tl.constexpr,
     WINDOW_SIZE: tl.constexpr, PAGE: tl.constexpr, PAGE_SIZE: tl.constexpr, NARROW: tl.constexpr,
     GROUP: tl.constexpr, BODY: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
@@ -86,7 +93,8 @@ def _fetch(
     size = tl.where(near, WINDOW_SIZE, PAGE_SIZE) if CACHED else WINDOW_SIZE
     rows = tl.where(near, WINDOW_PAGE, PAGE) if CACHED else WINDOW_PAGE
     ok = flat >= 0
-    page, row = (flat // CODE).to(tl.int64), flat % CODE
+    code: tl.constexpr = _code(WINDOW_PAGE, PAGE)
+    page, row = (flat // code).to(tl.int64), flat % code
     begin = (page * (size // 16) + row * (BODY // 16)) * 4
     lane, i = tl.arange(0, flat.shape[1])[None, :, None], tl.arange(0, 4)[None, None, :]
     words = pages.to(tl.pointer_type(tl.int32)) + begin[:, :, None]
@@ -183,28 +191,15 @@ def _finish_pieces(
         tl.store(scales + head[:, None] * 4 + high * 2 + g, stored_scale(scale, "e8m0"), mask=has)
 
 
-# -- kernel ------------------------------------------------------------------------------------------------------------
-
-
 @triton.jit
-def attend_records(
-    q, window, window_table, cache, block_table, topk, sink, requests, positions, cos, sin, out, scales, part, stats,
-    window_columns, block_columns,
-    H: tl.constexpr, RD: tl.constexpr, SCALE2: tl.constexpr, WINDOW: tl.constexpr, RATIO: tl.constexpr,
-    CACHED: tl.constexpr, TOPK: tl.constexpr, BH: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr,
-    WINDOW_PAGE: tl.constexpr, WINDOW_SIZE: tl.constexpr, PAGE: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    QUANT: tl.constexpr, FLOOR: tl.constexpr, TOP: tl.constexpr, QSCALE: tl.constexpr, D: tl.constexpr,
-    NARROW: tl.constexpr, GROUP: tl.constexpr, BODY: tl.constexpr, ELEMENT: tl.constexpr, LOG: tl.constexpr,
-    PIECES: tl.constexpr,
+def _begin(
+    t, split, window_table, block_table, topk, requests, positions, window_columns, block_columns,
+    WINDOW: tl.constexpr, RATIO: tl.constexpr, CACHED: tl.constexpr, TOPK: tl.constexpr, BN: tl.constexpr,
+    SPLITS: tl.constexpr, WINDOW_PAGE: tl.constexpr, PAGE: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """One share of the rows for a block of heads of one token, q [T, H, D]; finished here where SPLITS is 1."""
-    blocks: tl.constexpr = (H + BH - 1) // BH
-    split, h = tl.program_id(0) % SPLITS, (tl.program_id(0) // SPLITS) % blocks * BH + tl.arange(0, BH)
-    t = tl.program_id(0) // (SPLITS * blocks)
-    kind: tl.constexpr = q.dtype.element_ty
-    heads = q + t.to(tl.int64) * (H * D) + h[:, None] * D + tl.arange(0, D)[None, :]
-    if BH >= 64:  # the longest load, first; fewer heads stay in registers, and there they are in the way
-        query = tl.load(heads, mask=(h < H)[:, None], other=0.0)
+    """What leads to the rows of a share of token t: its first and last block; what `_numbers` and `_places` must know;
+    the places of its first block and the numbers of the second.
+    """
     request, position = tl.load(requests + t), tl.load(positions + t)
     chosen = topk + t.to(tl.int64) * TOPK if TOPK > 0 else topk
     first, far, visible = reach(position, chosen, WINDOW, RATIO, CACHED, TOPK)
@@ -212,49 +207,152 @@ def attend_records(
     total = near + tl.cdiv(far, BN)
     share = tl.cdiv(total, SPLITS)
     begin, end = split * share, tl.minimum(split * share + share, total)
-    CODE: tl.constexpr = triton.next_power_of_2(WINDOW_PAGE if WINDOW_PAGE > PAGE else PAGE)
-    LANES: tl.constexpr = GROUP // 16
     lap = (first // WINDOW_PAGE) // window_columns * window_columns  # a window laps its ring at most once
-    near_table, turn = window_table + request * window_columns - lap, lap + window_columns
+    near_table, turn = window_table + (request * window_columns - lap), lap + window_columns
     far_table = block_table + request * block_columns
-
+    LANES: tl.constexpr = GROUP // 16
     row = _numbers(begin, end, chosen, first, position, near, far, visible, BN, LANES, TOPK)
-    flat = _places(begin, row, near_table, far_table, turn, window_columns, near, CODE, CACHED, WINDOW_PAGE, PAGE)
+    flat = _places(begin, row, near_table, far_table, turn, window_columns, near, CACHED, WINDOW_PAGE, PAGE)
     row = _numbers(begin + 1, end, chosen, first, position, near, far, visible, BN, LANES, TOPK)
-    stored = _fetch(begin, flat, window, cache, near, CODE, CACHED, WINDOW_PAGE, WINDOW_SIZE, PAGE, PAGE_SIZE, NARROW,
-                    GROUP, BODY, D)  # fmt: skip
-    used = tl.max(flat, 1) >= 0
-    flat = _places(begin + 1, row, near_table, far_table, turn, window_columns, near, CODE, CACHED, WINDOW_PAGE, PAGE)
-    row = _numbers(begin + 2, end, chosen, first, position, near, far, visible, BN, LANES, TOPK)
-    if BH < 64:
-        query = tl.load(heads, mask=(h < H)[:, None], other=0.0)
+    return begin, end, position, first, far, visible, near, near_table, far_table, turn, flat, row
+
+
+@triton.jit
+def _further(
+    t, row, begin, end, position, first, far, visible, near, near_table, far_table, turn, topk, window_columns,
+    CACHED: tl.constexpr, TOPK: tl.constexpr, BN: tl.constexpr, WINDOW_PAGE: tl.constexpr, PAGE: tl.constexpr,
+    GROUP: tl.constexpr,
+):  # fmt: skip
+    """The places of a share's second block, of numbers `row`, and the numbers of the third."""
+    chosen = topk + t.to(tl.int64) * TOPK if TOPK > 0 else topk
+    flat = _places(begin + 1, row, near_table, far_table, turn, window_columns, near, CACHED, WINDOW_PAGE, PAGE)
+    return flat, _numbers(begin + 2, end, chosen, first, position, near, far, visible, BN, GROUP // 16, TOPK)
+
+
+@triton.jit
+def _sum(
+    query, m, stored, used, begin, end, position, first, far, visible, near, near_table, far_table, turn, flat, row,
+    chosen, window, cache, window_columns, KIND: tl.constexpr, SCALE2: tl.constexpr, CACHED: tl.constexpr,
+    TOPK: tl.constexpr, BH: tl.constexpr, BN: tl.constexpr, WINDOW_PAGE: tl.constexpr, WINDOW_SIZE: tl.constexpr,
+    PAGE: tl.constexpr, PAGE_SIZE: tl.constexpr, D: tl.constexpr, NARROW: tl.constexpr, GROUP: tl.constexpr,
+    BODY: tl.constexpr, ELEMENT: tl.constexpr, LOG: tl.constexpr,
+):  # fmt: skip
+    """(weighted rows [BH, D], maximum [BH], sum [BH]) of blocks begin .. end, the first of which is `stored`."""
     acc, z = tl.zeros((BH, D), tl.float32), tl.zeros((BH, BN), tl.float32)  # z: the sum, not yet over the columns
-    # The sink is the first maximum, which keeps every share's finite; the first share adds it in the end.
-    logit = tl.load(sink + h, mask=h < H, other=0.0) * 1.4426950408889634
-    m = tl.maximum(logit, -1e30)
     for block in tl.range(begin, end, disable_licm=True):
-        x, valid = _values(stored, kind, NARROW, GROUP, D, ELEMENT, LOG), used
-        stored = _fetch(block + 1, flat, window, cache, near, CODE, CACHED, WINDOW_PAGE, WINDOW_SIZE, PAGE, PAGE_SIZE,
+        x, valid = _values(stored, KIND, NARROW, GROUP, D, ELEMENT, LOG), used
+        stored = _fetch(block + 1, flat, window, cache, near, CACHED, WINDOW_PAGE, WINDOW_SIZE, PAGE, PAGE_SIZE,
                         NARROW, GROUP, BODY, D)  # fmt: skip
         used = tl.max(flat, 1) >= 0  # a maximum, lest every thread follow the rows of all its scores itself
-        flat = _places(block + 2, row, near_table, far_table, turn, window_columns, near, CODE, CACHED, WINDOW_PAGE,
-                       PAGE)  # fmt: skip
-        row = _numbers(block + 3, end, chosen, first, position, near, far, visible, BN, LANES, TOPK)
+        flat = _places(block + 2, row, near_table, far_table, turn, window_columns, near, CACHED, WINDOW_PAGE, PAGE)
+        row = _numbers(block + 3, end, chosen, first, position, near, far, visible, BN, GROUP // 16, TOPK)
         s = tl.where(valid[None, :], tl.dot(query, tl.trans(x)), float("-inf"))
-        p, shrink = tl.zeros(s.shape, kind), tl.zeros_like(m)
+        p, shrink = tl.zeros(s.shape, KIND), tl.zeros_like(m)
         if position >= 0:  # always; but two products in a row would have each warp group compute all scores
             top = tl.maximum(m, tl.max(s, 1) * SCALE2)
             weights, shrink, m = tl.exp2(s * SCALE2 - top[:, None]), tl.exp2(m - top), top
-            p, z = weights.to(kind), z * shrink[:, None] + weights
+            p, z = weights.to(KIND), z * shrink[:, None] + weights
         acc = tl.dot(p, x, acc * shrink[:, None])
+    return acc, m, tl.sum(z, 1)
 
-    sums = tl.sum(z, 1) + tl.where(split == 0, tl.exp2(logit - m), 0.0)
-    if SPLITS > 1:
-        leave((acc,), m, sums, part, stats, (t.to(tl.int64) * SPLITS + split) * H + h, h < H, begin < end, D, D, 1)
-    elif PIECES:
-        _finish_pieces(acc, 1.0 / sums, t, h, cos, sin, out, scales, H, D, RD, kind, FLOOR, TOP)
-    else:
-        finish((acc,), 1.0 / sums, t, h, cos, sin, out, scales, H, D, D, 1, RD, kind, QUANT, FLOOR, TOP, QSCALE)
+
+# -- kernels -----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def attend_shares(
+    q, window, window_table, cache, block_table, topk, sink, requests, positions, part, stats, window_columns,
+    block_columns,
+    H: tl.constexpr, SCALE2: tl.constexpr, WINDOW: tl.constexpr, RATIO: tl.constexpr, CACHED: tl.constexpr,
+    TOPK: tl.constexpr, BH: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr, WINDOW_PAGE: tl.constexpr,
+    WINDOW_SIZE: tl.constexpr, PAGE: tl.constexpr, PAGE_SIZE: tl.constexpr, D: tl.constexpr, NARROW: tl.constexpr,
+    GROUP: tl.constexpr, BODY: tl.constexpr, ELEMENT: tl.constexpr, LOG: tl.constexpr,
+):  # fmt: skip
+    """One of SPLITS shares of the rows for a block of heads of one token, q [T, H, D], left for `attention.join`."""
+    blocks: tl.constexpr = (H + BH - 1) // BH
+    split, h = tl.program_id(0) % SPLITS, (tl.program_id(0) // SPLITS) % blocks * BH + tl.arange(0, BH)
+    t = tl.program_id(0) // (SPLITS * blocks)
+    heads = q + t.to(tl.int64) * (H * D) + h[:, None] * D + tl.arange(0, D)[None, :]
+    if BH >= 64:  # the longest load, first; fewer heads stay in registers, and there they are in the way
+        query = tl.load(heads, mask=(h < H)[:, None], other=0.0)
+    begin, end, position, first, far, visible, near, near_table, far_table, turn, flat, row = _begin(
+        t, split, window_table, block_table, topk, requests, positions, window_columns, block_columns, WINDOW, RATIO,
+        CACHED, TOPK, BN, SPLITS, WINDOW_PAGE, PAGE, GROUP)  # fmt: skip
+    stored = _fetch(begin, flat, window, cache, near, CACHED, WINDOW_PAGE, WINDOW_SIZE, PAGE, PAGE_SIZE, NARROW, GROUP,
+                    BODY, D)  # fmt: skip
+    after, row = _further(t, row, begin, end, position, first, far, visible, near, near_table, far_table, turn, topk,
+                          window_columns, CACHED, TOPK, BN, WINDOW_PAGE, PAGE, GROUP)  # fmt: skip
+    if BH < 64:
+        query = tl.load(heads, mask=(h < H)[:, None], other=0.0)
+    # The sink is the first maximum, which keeps every share's finite; the first share adds it in the end.
+    logit = tl.load(sink + h, mask=h < H, other=0.0) * 1.4426950408889634
+    chosen = topk + t.to(tl.int64) * TOPK if TOPK > 0 else topk
+    acc, m, z = _sum(
+        query, tl.maximum(logit, -1e30), stored, tl.max(flat, 1) >= 0, begin, end, position, first, far, visible, near,
+        near_table, far_table, turn, after, row, chosen, window, cache, window_columns, q.dtype.element_ty, SCALE2,
+        CACHED, TOPK, BH, BN, WINDOW_PAGE, WINDOW_SIZE, PAGE, PAGE_SIZE, D, NARROW, GROUP, BODY, ELEMENT, LOG,
+    )  # fmt: skip
+    z += tl.where(split == 0, tl.exp2(logit - m), 0.0)
+    leave((acc,), m, z, part, stats, (t.to(tl.int64) * SPLITS + split) * H + h, h < H, begin < end, D, D, 1)
+
+
+@triton.jit
+def attend_tokens(
+    q, window, window_table, cache, block_table, topk, sink, requests, positions, cos, sin, out, scales,
+    window_columns, block_columns, items,
+    H: tl.constexpr, RD: tl.constexpr, SCALE2: tl.constexpr, WINDOW: tl.constexpr, RATIO: tl.constexpr,
+    CACHED: tl.constexpr, TOPK: tl.constexpr, BH: tl.constexpr, BN: tl.constexpr, PROGRAMS: tl.constexpr,
+    WINDOW_PAGE: tl.constexpr, WINDOW_SIZE: tl.constexpr, PAGE: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    QUANT: tl.constexpr, FLOOR: tl.constexpr, TOP: tl.constexpr, QSCALE: tl.constexpr, D: tl.constexpr,
+    NARROW: tl.constexpr, GROUP: tl.constexpr, BODY: tl.constexpr, ELEMENT: tl.constexpr, LOG: tl.constexpr,
+    PIECES: tl.constexpr,
+):  # fmt: skip
+    """All rows for every PROGRAMS-th of `items` blocks of heads of a token, q [T, H, D].
+
+    The way to the next item's rows is looked up before this one's products, and its first rows are on their way while
+    this one is finished: a multiprocessor has registers for one program only, and nobody else would fill these times.
+    """
+    blocks: tl.constexpr = (H + BH - 1) // BH
+    kind: tl.constexpr = q.dtype.element_ty
+    pid = tl.program_id(0)
+    if pid >= items:
+        return
+    _, end, position, first, far, visible, near, near_table, far_table, turn, flat, row = _begin(
+        pid // blocks, 0, window_table, block_table, topk, requests, positions, window_columns,
+        block_columns, WINDOW, RATIO, CACHED, TOPK, BN, 1, WINDOW_PAGE, PAGE, GROUP)  # fmt: skip
+    stored = _fetch(0, flat, window, cache, near, CACHED, WINDOW_PAGE, WINDOW_SIZE, PAGE, PAGE_SIZE, NARROW, GROUP,
+                    BODY, D)  # fmt: skip
+    used = tl.max(flat, 1) >= 0
+    after, row = _further(pid // blocks, row, 0, end, position, first, far, visible, near, near_table, far_table, turn,
+                          topk, window_columns, CACHED, TOPK, BN, WINDOW_PAGE, PAGE, GROUP)  # fmt: skip
+    for i in tl.range(0, tl.cdiv(items - pid, PROGRAMS), disable_licm=True):
+        item = pid + i * PROGRAMS
+        t, h = item // blocks, item % blocks * BH + tl.arange(0, BH)
+        heads = q + t.to(tl.int64) * (H * D) + h[:, None] * D + tl.arange(0, D)[None, :]
+        query = tl.load(heads, mask=(h < H)[:, None], other=0.0)
+        logit = tl.load(sink + h, mask=h < H, other=0.0) * 1.4426950408889634
+        t2 = tl.minimum(item + PROGRAMS, items - 1) // blocks
+        _, end2, position2, first2, far2, visible2, near2, near_table2, far_table2, turn2, flat2, row2 = _begin(
+            t2, 0, window_table, block_table, topk, requests, positions,
+            window_columns, block_columns, WINDOW, RATIO, CACHED, TOPK, BN, 1, WINDOW_PAGE, PAGE, GROUP)  # fmt: skip
+        after2, row2 = _further(t2, row2, 0, end2, position2, first2, far2, visible2, near2, near_table2, far_table2,
+                                turn2, topk, window_columns, CACHED, TOPK, BN, WINDOW_PAGE, PAGE, GROUP)  # fmt: skip
+        chosen = topk + t.to(tl.int64) * TOPK if TOPK > 0 else topk
+        acc, m, z = _sum(
+            query, tl.maximum(logit, -1e30), stored, used, 0, end, position, first, far, visible, near, near_table,
+            far_table, turn, after, row, chosen, window, cache, window_columns, kind, SCALE2, CACHED, TOPK, BH, BN,
+            WINDOW_PAGE, WINDOW_SIZE, PAGE, PAGE_SIZE, D, NARROW, GROUP, BODY, ELEMENT, LOG,
+        )  # fmt: skip
+        stored = _fetch(0, flat2, window, cache, near2, CACHED, WINDOW_PAGE, WINDOW_SIZE, PAGE, PAGE_SIZE, NARROW,
+                        GROUP, BODY, D)  # fmt: skip
+        used = tl.max(flat2, 1) >= 0
+        end, position, first, far, visible, near = end2, position2, first2, far2, visible2, near2
+        near_table, far_table, turn, after, row = near_table2, far_table2, turn2, after2, row2
+        factor = 1.0 / (z + tl.exp2(logit - m))
+        if PIECES:
+            _finish_pieces(acc, factor, t, h, cos, sin, out, scales, H, D, RD, kind, FLOOR, TOP)
+        else:
+            finish((acc,), factor, t, h, cos, sin, out, scales, H, D, D, 1, RD, kind, QUANT, FLOOR, TOP, QSCALE)
 
 
 def group_of(rows: str, dtype: torch.dtype, page_sizes: tuple[int, int]) -> int:
