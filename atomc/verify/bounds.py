@@ -10,8 +10,8 @@
                                       and Mary, 2019: errors of either sign cancel, √K in place of K), and u · |y|
     one function (mul, cos, …)        8 · u · |y|: the functions of a vector library are off by a few units
     a fused operator                  SAFETY · √K · (what moving every input by u moves the result, and u · |y|)
-    … that rounds to 16 bits inside   and HALVED · what moving each number so rounded by u of 16 bits moves the result, or
-                                      rounding each to nearest: equal numbers are off alike, and their errors add;
+    … that rounds to 16 bits inside   and HALVED · what moving each number so rounded by u of 16 bits moves the result,
+                                      or rounding each to nearest: equal numbers are off alike, and their errors add;
                                       where it does is seen in its reference (`atomc.verify.wide`, halvings)
     … a product of FP8 on Hopper      and what losing bits of its sums moves the result (`atomc.verify.narrow`)
     … rounded to a format at its end  what enters the rounding obeys the line above, δ; a value may then fall on a
@@ -21,9 +21,9 @@
     a choice (top-k)                  a chosen score is not below the k-th best by more than the bound of the scores
 
 u is the unit roundoff, 2^-24: sums and functions are computed in float32. K is the longest sum, at least CHAIN.
-On a GPU the kinds are the same, the sums in another order. A product of float32 there (tf32x3: three products of parts)
-leaves 2^-20 of |x||w| out at most, of either sign, which SAFETY · √K covers. What its kernels round to 16 bits where the
-reference does not: the weights of attention, before they multiply rows (ROUNDED).
+On a GPU the kinds are the same, the sums in another order. A product of float32 there (tf32x3: three products of
+parts) leaves 2^-20 of |x||w| out at most, of either sign, which SAFETY · √K covers. What its kernels round to 16 bits
+where the reference does not: the weights of attention, before they multiply rows (ROUNDED).
 Why √K for what moves a fused operator: u of either sign moves a sum of K terms by their root mean square, its own
 roundings by up to √K times that; where all terms have one sign, as in large attention scores, by more: SAFETY.
 A float64 result is off by 2^-53 of itself, which no bound here sees. NaN and infinity are never within a bound.

@@ -1,4 +1,4 @@
-"""A step that kernels of an artifact compute, apart from its run: what it takes to launch it again on other arguments."""
+"""A step that kernels of an artifact compute, apart from its run: how to launch it again, on other arguments."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class Launched:
 
     def _sizes(self, arguments: dict[str, Any]) -> Sizes:
         """The run's, but for those that the arguments' shapes say: of fewer tokens, other launches."""
-        found = {}
+        found: Sizes = {}
         for slot, value in self._placed(arguments):
             named = zip(self.plan.slots[slot].shape, value.shape, strict=True)
             found |= {size: number for size, number in named if size in self.sizes}

@@ -56,11 +56,10 @@ class Mirror:
         if torch.equal(a, b):
             return ""
         self._known[key] = now, "a step that has no right to it"
-        first = int((a != b).nonzero()[0]) // now.dtype.itemsize
-        place = tuple(int(i) for i in torch.unravel_index(torch.tensor(first), now.shape)) if now.dim() else ()
-        return (
-            f"is not what {who} left: {int((a != b).sum())} bytes were written over, the first in element {list(place)}"
-        )
+        differs = (a != b).nonzero().flatten()
+        first = torch.unravel_index(differs[0] // now.dtype.itemsize, now.shape) if now.dim() else ()
+        place = ", ".join(str(int(i)) for i in first)
+        return f"is not what {who} left: {len(differs)} bytes were written over, the first in element [{place}]"
 
     def left(self, key: Key, now: Tensor, who: str) -> None:
         """A step has made a tensor, or has written into it as it may."""

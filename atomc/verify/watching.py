@@ -177,9 +177,9 @@ class StepWatch:
                 if _owner(region, other) == owner:  # views of what has been written
                     self._mirror.forget(key_of(call, region, other))
             self._mirror.left(key_of(call, region, slot), written[name], who)
-        for slot, result in zip(step.outputs, results, strict=True):
-            if slot is not None:
-                self._mirror.left(key_of(call, region, slot), result, who)
+        for made, result in zip(step.outputs, results, strict=True):
+            if made is not None:
+                self._mirror.left(key_of(call, region, made), result, who)
 
     def _launched(self, region: RegionPlan, step: Step, sizes: Sizes) -> Launched | None:
         if self._gpu is None or not step.buckets:

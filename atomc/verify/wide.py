@@ -269,10 +269,11 @@ HALF: Final = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 _MOVES: Final = frozenset(
     (
         "__get__", "__getitem__", "__setitem__", "amax", "amin", "cat", "chunk", "clamp", "clone", "contiguous",
-        "detach", "embedding", "empty", "empty_like", "expand", "eye", "flatten", "flip", "full", "full_like", "gather", "index", "index_copy_",
-        "index_select", "masked_fill", "max", "min", "narrow", "neg", "new_empty", "new_full", "new_zeros", "ones",
-        "ones_like", "pad", "permute", "relu", "repeat_interleave", "reshape", "roll", "select", "split", "squeeze",
-        "stack", "topk", "transpose", "unbind", "unflatten", "unsqueeze", "view", "where", "zeros", "zeros_like",
+        "detach", "embedding", "empty", "empty_like", "expand", "eye", "flatten", "flip", "full", "full_like", "gather",
+        "index", "index_copy_", "index_select", "masked_fill", "max", "min", "narrow", "neg", "new_empty", "new_full",
+        "new_zeros", "ones", "ones_like", "pad", "permute", "relu", "repeat_interleave", "reshape", "roll", "select",
+        "split", "squeeze", "stack", "topk", "transpose", "unbind", "unflatten", "unsqueeze", "view", "where", "zeros",
+        "zeros_like",
     )
 )  # fmt: skip
 
@@ -331,14 +332,17 @@ def run_wide(function: Callable[..., Any], arguments: dict[str, Any], mutated: S
 
 
 def halvings_of(
-    function: Callable[..., Any], arguments: dict[str, Any], mutated: Sequence[str], rounded: Mapping[str, float]
+    function: Callable[..., Any],
+    arguments: dict[str, Any],
+    mutated: Sequence[str],
+    rounded: Mapping[str, float] | None = None,
 ) -> Halvings:
     """Where a reference rounds to 16 bits on its way, as it runs on these arguments.
 
     Args:
         rounded: functions of torch, by name, whose results a kernel rounds although the reference does not: u.
     """
-    mode, given = Narrow(rounded), arguments | {name: arguments[name].clone() for name in mutated}
+    mode, given = Narrow(rounded or {}), arguments | {name: arguments[name].clone() for name in mutated}
     with _redirected(mode), mode:
         function(**given)
     widest = max(mode.quantized, key=lambda d: d.itemsize, default=torch.float32)
