@@ -5,9 +5,9 @@ each off 13 bits below it, towards zero, and does the same with their sum (measu
 3.3.2, which is why every block of 128 is added in fp32). Of a block of 128 columns:
 
     unit      2^-13 · the largest of |x||w| and |sum so far|: what one number may lose, 0 .. unit, half of it on average
-    cut       4 · (32 products, the sum so far, the new sum) = 136 numbers
+    cut       the products that are not 0, 128 at most; in each of 4 steps the sum so far, and the new sum
     bias      ½ unit for each number cut, against its sign: products of either sign cancel
-    spread    unit · √(136 / 12): the standard deviation of so many losses, of blocks added in quadrature
+    spread    unit · √(numbers cut / 12): the standard deviation of so many losses; of blocks, added in quadrature
 
 A product that scales each 32 columns in fp32, or multiplies in bf16, loses less. Targets whose unit keeps fp32's bits,
 and the cpu, lose nothing here.
@@ -15,7 +15,6 @@ and the cpu, lose nothing here.
 
 from __future__ import annotations
 
-import math
 from typing import Final
 
 import torch
@@ -30,19 +29,19 @@ FP8: Final = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, tor
 
 def loss(x: Tensor, w: Tensor) -> Tensor:
     """How far x wᵀ may be off: [..., T, N] of float64 x [..., T, K] and w [..., N, K], values of FP8 codes."""
-    cut = BLOCK // STEP * (STEP + 2)
+    sums = 2 * BLOCK // STEP
     bias, spread = (x.new_zeros((*x.shape[:-1], w.shape[-2])) for _ in range(2))
     for at in range(0, x.shape[-1], BLOCK):
         a, b = x[..., at : at + BLOCK], w[..., at : at + BLOCK]
         largest = _outer(a.abs().amax(-1), b.abs().amax(-1))
-        total, signs = torch.zeros_like(bias), a.sign() @ b.sign().mT
+        total, signs = torch.zeros_like(bias), (a.sign(), b.sign())
         for k in range(0, a.shape[-1], STEP):
             total = total + a[..., k : k + STEP] @ b[..., k : k + STEP].mT
             largest = torch.maximum(largest, total.abs())
         unit = KEPT * largest
-        bias += unit * (signs + 2 * BLOCK // STEP * total.sign()) / 2
-        spread += unit.square()
-    return bias.abs() + SPREADS * math.sqrt(cut / 12) * spread.sqrt()
+        bias += unit * (signs[0] @ signs[1].mT + sums * total.sign()) / 2
+        spread += unit.square() * (signs[0].abs() @ signs[1].abs().mT + sums) / 12
+    return bias.abs() + SPREADS * spread.sqrt()
 
 
 def _outer(a: Tensor, b: Tensor) -> Tensor:
