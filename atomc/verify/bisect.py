@@ -27,7 +27,7 @@ from atomc.ops import OPS
 from atomc.ops.registry import NAMESPACE
 from atomc.verify.errors import VerifyError
 from atomc.verify.judge import Verdict, worst
-from atomc.verify.launched import Launched
+from atomc.verify.launched import Launched, moved
 from atomc.verify.steps import Observation, examine, mutates, named_arguments, observe
 from atomc.verify.watching import Failure
 
@@ -155,7 +155,7 @@ def _cut(failure: Failure, a: int, b: int) -> dict[str, Any]:
         if name == "query_start" and _token_argument(seen.op) != "ends":
             changed[name] = (value.clamp(a, b) - a).to(value.dtype)
         elif name not in mutates(seen.op) and isinstance(value, Tensor) and value.dim() and value.shape[0] == count:
-            changed[name] = value[a:b].clone()
+            changed[name] = moved(value[a:b], "cpu")
     return changed
 
 
@@ -170,9 +170,8 @@ def write_repro(folder: Path, seen: Observation, message: str) -> None:
     def keep(name: str, value: Any) -> Any:
         if isinstance(value, Tensor):
             tensors[name] = value.detach().clone().contiguous()
-            strides = {} if value.is_contiguous() else {"stride": list(value.stride())}
-            known = {"tensor": name, "shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
-            return known | strides
+            dtype = str(value.dtype).removeprefix("torch.")
+            return {"tensor": name, "shape": list(value.shape), "stride": list(value.stride()), "dtype": dtype}
         if isinstance(value, torch.dtype):
             return {"dtype": str(value).removeprefix("torch.")}
         return [keep(f"{name}.{i}", v) for i, v in enumerate(value)] if isinstance(value, list) else value
@@ -222,17 +221,12 @@ def read_repro(folder: Path) -> Observation:
 
     def value(found: Any) -> Any:
         if isinstance(found, dict):
-            return _strided(tensors[found["tensor"]], found) if "tensor" in found else getattr(torch, found["dtype"])
+            if "tensor" in found:
+                return moved(tensors[found["tensor"]], "cpu", found["stride"])
+            return getattr(torch, found["dtype"])
         return [value(v) for v in found] if isinstance(found, list) else found
 
     parts = ({name: value(v) for name, v in step[key].items()} for key in ("arguments", "mutated"))
     arguments, mutated = parts
     reserved = frozenset(step["reserved"])
     return Observation(step["op"], arguments, tuple(value(step["results"])), mutated, reserved, launched)
-
-
-def _strided(x: Tensor, known: dict[str, Any]) -> Tensor:
-    """A tensor with the strides that it had: kernels are told of them."""
-    if "stride" not in known:
-        return x
-    return torch.empty_strided(x.shape, known["stride"], dtype=x.dtype).copy_(x)

@@ -18,13 +18,19 @@ from atomc.runtime.loader import runnable
 from atomc.verify.errors import VerifyError
 
 
-def moved(value: Any, device: torch.device | str) -> Any:
-    """A copy on a device, with the strides that kernels are told of; also in lists. What is no tensor: as it is."""
+def moved(value: Any, device: torch.device | str, stride: Sequence[int] = ()) -> Any:
+    """A copy on a device, with the strides that kernels are told of; also in lists. What is no tensor: as it is.
+
+    Args:
+        stride: to have; none: the tensor's own.
+    """
     if isinstance(value, list):
         return [moved(v, device) for v in value]
     if not isinstance(value, Tensor):
         return value
-    stride = value.contiguous().stride() if 0 in value.stride() else value.stride()
+    stride = stride or value.stride()
+    if 0 in stride:  # expanded: several elements in one place
+        stride = torch.empty(value.shape, device="meta").stride()
     copy = torch.empty_strided(value.shape, stride, dtype=value.dtype, device=device)
     if value.dtype.itemsize == 1:
         as_bytes(copy).copy_(as_bytes(value))  # not every device copies every 8-bit float

@@ -233,14 +233,8 @@ def _owner(region: RegionPlan, slot: int) -> int:
 def _copied(seen: Observation) -> Observation:
     """With tensors of its own: what the step read may change, and the step's memory is used again."""
 
-    def copy(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value.clone()
-        return [copy(v) for v in value] if isinstance(value, list) else value
-
-    arguments = {name: copy(value) for name, value in seen.arguments.items()}
-    mutated = {name: copy(value) for name, value in seen.mutated.items()}
-    return replace(seen, arguments=arguments, results=tuple(copy(r) for r in seen.results), mutated=mutated)
+    results = tuple(moved(list(seen.results), "cpu"))
+    return replace(seen, arguments=moved_all(seen.arguments), results=results, mutated=moved_all(seen.mutated))
 
 
 def refuse_region(name: str | None, regions: dict[str, RegionPlan]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -31,7 +30,6 @@ class FakeGpu:
     """What a `Gpu` is, without kernels."""
 
     fault: Fault = staticmethod(nothing)
-    runs = 0
 
     def __init__(self, folder: Path, arena_bytes: int, device: int = 0) -> None:
         self.index, self.device = device, torch.device("cpu")
@@ -61,10 +59,8 @@ class FakeLaunch:
         for slot, result in zip(self.step.outputs, results, strict=True):
             if slot is not None:
                 made[slot].copy_(result)
-        env_slots: dict[int, Any] = {slot: made[slot] for slot in made}
-        for slot, tensor in env_slots.items():
+        for slot, tensor in made.items():
             env[slot] = tensor
-        FakeGpu.runs += 1
         FakeGpu.fault(self.step, [made[s] for s in self.step.outputs if s is not None], env, self.device)
 
 
@@ -74,5 +70,6 @@ def install(patch: pytest.MonkeyPatch, fault: Fault = nothing) -> None:
     for module in (executor, gpu):
         patch.setattr(module, "Gpu", FakeGpu)
         patch.setattr(module, "LaunchStep", FakeLaunch)
+    patch.setattr(executor, "on_device", lambda tensors, _: {name: tensor.clone() for name, tensor in tensors.items()})
     for module in (loader, launched):
         patch.setattr(module, "runnable", lambda: ["cpu", "h100"])

@@ -1,4 +1,4 @@
-"""FP8 sums as Hopper's matrix unit makes them, written from their description: within their bound, and beyond others."""
+"""FP8 sums as Hopper makes them, written from their description: within their bound, and beyond every other."""
 
 from __future__ import annotations
 
