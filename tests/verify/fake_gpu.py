@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ import atomc.verify.launched as launched
 from atomc.artifact.plan import RegionPlan, Step
 from atomc.ops import OPS
 from atomc.runtime.bind import Environment, Sizes, value_of
+from atomc.verify.watching import StepWatch
 from atomc.verify.wide import results_of
 
 GARBAGE = 0xAB
@@ -64,6 +66,16 @@ class FakeLaunch:
         FakeGpu.fault(self.step, [made[s] for s in self.step.outputs if s is not None], env, self.device)
 
 
+def elsewhere(method: Callable[..., None]) -> Callable[..., None]:
+    """As within a run on a GPU: what is made without saying where is made there, and there is no such memory here."""
+
+    def run(*args: Any, **kwargs: Any) -> None:
+        with torch.device("meta"):
+            method(*args, **kwargs)
+
+    return run
+
+
 def install(patch: pytest.MonkeyPatch, fault: Fault = nothing) -> None:
     """This machine has an H100 from here on, on which `fault` happens."""
     patch.setattr(FakeGpu, "fault", staticmethod(fault))
@@ -71,5 +83,7 @@ def install(patch: pytest.MonkeyPatch, fault: Fault = nothing) -> None:
         patch.setattr(module, "Gpu", FakeGpu)
         patch.setattr(module, "LaunchStep", FakeLaunch)
     patch.setattr(executor, "on_device", lambda tensors, _: {name: tensor.clone() for name, tensor in tensors.items()})
+    for name in ("before", "after"):
+        patch.setattr(StepWatch, name, elsewhere(getattr(StepWatch, name)))
     for module in (loader, launched):
         patch.setattr(module, "runnable", lambda: ["cpu", "h100"])
