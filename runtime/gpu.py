@@ -34,6 +34,10 @@ class Gpu:
             for key, facts in read_kernels(folder).items()
         }
 
+    def synchronize(self) -> None:
+        """Wait for what has been launched. Raises `RuntimeError` if a kernel failed."""
+        torch.cuda.synchronize(self.device)
+
     def stream(self) -> int:
         """The handle of the stream that steps run on."""
         handle: int = torch.cuda.current_stream(self.device).cuda_stream

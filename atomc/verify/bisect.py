@@ -155,7 +155,7 @@ def _cut(failure: Failure, a: int, b: int) -> dict[str, Any]:
         if name == "query_start" and _token_argument(seen.op) != "ends":
             changed[name] = (value.clamp(a, b) - a).to(value.dtype)
         elif name not in mutates(seen.op) and isinstance(value, Tensor) and value.dim() and value.shape[0] == count:
-            changed[name] = moved(value[a:b], "cpu")
+            changed[name] = moved(value[a:b], value.device)
     return changed
 
 
@@ -169,7 +169,7 @@ def write_repro(folder: Path, seen: Observation, message: str) -> None:
 
     def keep(name: str, value: Any) -> Any:
         if isinstance(value, Tensor):
-            tensors[name] = value.detach().clone().contiguous()
+            tensors[name] = value.detach().cpu().clone().contiguous()
             dtype = str(value.dtype).removeprefix("torch.")
             return {"tensor": name, "shape": list(value.shape), "stride": list(value.stride()), "dtype": dtype}
         if isinstance(value, torch.dtype):

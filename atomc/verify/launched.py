@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from atomc.artifact.buffers import slot_bytes
 from atomc.artifact.expr import evaluate
 from atomc.artifact.plan import Arg, RegionPlan, Slot, SlotInfo, Step, slots_in
 from atomc.runtime import gpu as device
 from atomc.runtime.bind import Environment, Sizes
-from atomc.runtime.loader import runnable
+from atomc.runtime.loader import device_arch
+from atomc.targets import get_target
 from atomc.verify.errors import VerifyError
 
 
@@ -37,6 +39,12 @@ def moved(value: Any, device: torch.device | str, stride: Sequence[int] = ()) ->
     else:
         copy.copy_(value)
     return copy
+
+
+def device_of(values: Iterable[Any]) -> torch.device:
+    """Where tensors are, those of lists too; the CPU where there are none."""
+    tensors = (v for value in values for v in (value if isinstance(value, (list, tuple)) else (value,)))
+    return next((v.device for v in tensors if isinstance(v, Tensor)), torch.device("cpu"))
 
 
 def as_bytes(x: Tensor) -> Tensor:
@@ -67,7 +75,7 @@ class Launched:
         return self.plan.steps[0]
 
     def run(self, arguments: dict[str, Any], written: Sequence[str]) -> tuple[tuple[Any, ...], dict[str, Tensor]]:
-        """Launch it: its results, and what it has made of the arguments that it writes; tensors on the CPU.
+        """Launch it: its results, and what it has made of the arguments that it writes; where the arguments are.
 
         Raises:
             VerifyError: this machine has no such device.
@@ -76,17 +84,26 @@ class Launched:
         env: Environment = [None] * len(self.plan.slots)
         for slot, value in self._placed(arguments):
             env[slot] = moved(value, gpu.device)
-        device.LaunchStep(self.step, self.plan, gpu).run(env, self._sizes(arguments))
-        results = tuple(None if slot is None else moved(env[slot], "cpu") for slot in self.step.outputs)
+        sizes, home = self._sizes(arguments), device_of(arguments.values())
+        device.LaunchStep(self.step, self.plan, gpu, self._buffers(gpu, sizes)).run(env, sizes)
+        results = tuple(None if slot is None else moved(env[slot], home) for slot in self.step.outputs)
         slots = {n: next(slots_in(self.given[n])) for n in written if isinstance(arguments.get(n), Tensor)}
-        return results, {name: moved(env[slot], "cpu") for name, slot in slots.items()}
+        return results, {name: moved(env[slot], home) for name, slot in slots.items()}
 
     def _loaded(self) -> device.Gpu:
         if self.gpu is not None:
             return self.gpu
-        if self.target not in runnable():
-            raise VerifyError(f"The step is compiled for {self.target}; this machine runs {', '.join(runnable())}.")
+        arch, found = get_target(self.target).arch, device_arch()
+        if arch != found:
+            here = f"has {found}" if found else "has no GPU"
+            raise VerifyError(f"The step is compiled for {self.target} ({arch}), and this machine {here}.")
         return device.Gpu(self.folder, self.plan.arena_bytes)
+
+    def _buffers(self, gpu: device.Gpu, sizes: Sizes) -> dict[int, Tensor]:
+        """Memory of results that are values of the program, which have no place in the arena."""
+        outside = [slot for slot in self.step.outputs if slot is not None and self.plan.slots[slot].offset is None]
+        most = {slot: slot_bytes(self.plan.slots[slot], sizes) for slot in outside}
+        return {slot: torch.empty(size, dtype=torch.uint8, device=gpu.device) for slot, size in most.items()}
 
     def _placed(self, arguments: dict[str, Any]) -> Iterator[tuple[int, Any]]:
         """Slots and their tensors."""
@@ -110,7 +127,7 @@ def alone(step: Step, slots: list[SlotInfo], arena_bytes: int) -> RegionPlan:
 
 
 def misplaced(step: Step, slots: list[SlotInfo], env: Environment, sizes: Sizes, arena: Tensor) -> str:
-    """Which result of a launched step is not what or where the plan says; empty if none."""
+    """Which result of a step on a GPU is not what the plan says, or of a launched one not where; empty if none."""
     for slot in step.outputs:
         if slot is None:
             continue
@@ -119,6 +136,6 @@ def misplaced(step: Step, slots: list[SlotInfo], env: Environment, sizes: Sizes,
         if list(tensor.shape) != shape or tensor.dtype != dtype:
             return f"{info.name} is {list(tensor.shape)} {tensor.dtype}, the plan says {shape} {dtype}"
         at = tensor.data_ptr() - arena.data_ptr()
-        if info.offset is not None and at != info.offset:
+        if step.buckets and info.offset is not None and at != info.offset:
             return f"{info.name} is at byte {at} of the arena, the plan says {info.offset}"
     return ""

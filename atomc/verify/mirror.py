@@ -1,9 +1,11 @@
-"""What a GPU's memory should hold: a copy on the CPU of what each step has left, held against what the next one finds.
+"""What a GPU's memory should hold: a copy of what each step has left, held against what the next one finds.
 
 Contract:
     A step of a GPU is judged on what it finds in its arguments. If a step before has written over one of them (out of
     its bounds, or into memory that the plan gives to two at a time), that is no error of either by its own numbers.
-    Weights are those of the artifact; a value of one step of the model is no value of the next.
+    Weights are those of the artifact, and state is what the executor has made of it before the first step; a value of
+    one step of the model is no value of the next. Scratch of a step is nobody's after it: only what it spoils is seen.
+    Copies are on the device, but for weights that the artifact has on the CPU.
 
 Terms:
     key    a role, and a name: of weights and state with the call's prefix, of values that pass between calls the
@@ -28,9 +30,11 @@ Left = tuple[Tensor, str]  # what it is, and who left it there
 class Mirror:
     """See the module's contract."""
 
-    def __init__(self, first: CallPlan, weights: Mapping[str, Tensor]) -> None:
+    def __init__(self, first: CallPlan, weights: Mapping[str, Tensor], states: Mapping[str, Tensor]) -> None:
+        """`states`: zeros, whatever ran before; a write out of the reserved rows then shows at the first reader."""
         self._first = first
         self._known: dict[Key, Left] = {("weight", n): (w, "the artifact") for n, w in weights.items()}
+        self._known |= {("state", n): (torch.zeros_like(s), "the executor") for n, s in states.items()}
         self._outputs: dict[str, Key] = {}
 
     def enter(self, call: CallPlan, region: RegionPlan) -> None:
@@ -50,6 +54,7 @@ class Mirror:
             self._known[key] = now, "its first reader"
             return ""
         before, who = self._known[key]
+        before = before.to(now.device)
         if before.dtype != now.dtype or before.shape != now.shape:
             return f"is {list(now.shape)} {now.dtype}; {who} left {list(before.shape)} {before.dtype}"
         a, b = as_bytes(before.reshape(-1)), as_bytes(now.reshape(-1))

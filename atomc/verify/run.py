@@ -132,7 +132,7 @@ def _steps(found: Verification, artifact: LoadedArtifact, ids: list[int], option
         found.judged += 1
         progress(f"steps {found.tokens} tokens", found.judged, 0)
 
-    watch = StepWatch(artifact, executor.gpu, options.region, seen)
+    watch = StepWatch(artifact, executor, options.region, seen)
     for bound, call in zip(executor.calls, artifact.program.calls, strict=True):
         watch.prepared(call, bound.plan, bound.fixed)
     run = _Run(executor, texts, watch, found)

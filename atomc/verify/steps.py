@@ -24,7 +24,7 @@ from atomc.runtime.bind import resolve
 from atomc.verify import bounds, grid, judge
 from atomc.verify.errors import VerifyError
 from atomc.verify.judge import Verdict
-from atomc.verify.launched import Launched
+from atomc.verify.launched import Launched, device_of
 from atomc.verify.wide import (
     HALF,
     Halvings,
@@ -116,7 +116,15 @@ def _call(function: Callable[..., Any], op: str, arguments: dict[str, Any]) -> A
 
 
 def examine(seen: Observation) -> list[Verdict]:
-    """A verdict on every result and on everything the step writes; several parts of one result are one verdict."""
+    """A verdict on every result and on everything the step writes; several parts of one result are one verdict.
+
+    Computed on the device that the observation's tensors are on.
+    """
+    with device_of((*seen.arguments.values(), *seen.results)):
+        return _examine(seen)
+
+
+def _examine(seen: Observation) -> list[Verdict]:
     if not seen.op.startswith(f"{NAMESPACE}."):
         return _examine_aten(seen)
     if seen.name == "dequantize":

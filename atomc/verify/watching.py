@@ -11,12 +11,12 @@ from torch import Tensor
 from atomc.artifact.names import Names
 from atomc.artifact.plan import CallPlan, RegionPlan, Slot, Step, slots_in
 from atomc.runtime.bind import Environment, Sizes, value_of
-from atomc.runtime.gpu import Gpu
+from atomc.runtime.executor import Executor
 from atomc.runtime.loader import LoadedArtifact
 from atomc.runtime.watch import MemoryWatch, PlanMismatchError
 from atomc.verify.errors import VerifyError
 from atomc.verify.judge import Verdict, broken, worst
-from atomc.verify.launched import Launched, alone, misplaced, moved
+from atomc.verify.launched import Launched, alone, device_of, misplaced, moved
 from atomc.verify.mirror import Mirror, key_of
 from atomc.verify.steps import Observation, copies_of_written, examine, mutates, named_arguments
 
@@ -74,26 +74,32 @@ class Failure:
 class StepWatch:
     """Judges every step of the regions it is told of.
 
-    Of a run on a GPU, what a step reads is copied to the CPU before it runs, what it gives and writes after it: results
-    are views of one arena that later steps write over.
+    Of a run on a GPU, what a step reads is copied before it runs, what it gives and writes after it: results are views
+    of one arena that later steps write over. It is judged there too: float64 is as exact on any device, and the CPU
+    would take hours over the experts of a full-width layer.
 
     Attributes:
         reports: (region, phase, step) -> the worst so far, in the order of first execution. first: see `Failure`.
         judging: whether an error that comes up now is one of judging, not of the step.
     """
 
-    def __init__(self, artifact: LoadedArtifact, gpu: Gpu | None, only: str | None, seen: Callable[[], None]) -> None:
+    def __init__(
+        self, artifact: LoadedArtifact, executor: Executor, only: str | None, seen: Callable[[], None]
+    ) -> None:
         self.reports: dict[tuple[str, str, int], StepReport] = {}
         self.first: Failure | None = None
         self.memory = MemoryWatch()
         self.judging = False
-        self._artifact, self._gpu, self._only, self._seen = artifact, gpu, only, seen
+        self._artifact, self._gpu, self._only, self._seen = artifact, executor.gpu, only, seen
         self._names = {name: Names(region) for name, region in artifact.regions.items()}
         pools = {prefix + t.name: t.pool for prefix, ts in artifact.program.states.items() for t in ts}
         self._reserved = {name for name, pool in pools.items() if pool != "slots"}
         self._given: dict[str, Any] = {}  # the step's arguments, as they are before it runs
         self._overwritten: list[Verdict] = []
-        self._mirror = None if gpu is None else Mirror(artifact.program.calls[0], artifact.weights)
+        self._mirror: Mirror | None = None
+        if executor.gpu is not None:
+            shared = {n: w.clone() if w.device == executor.device else w for n, w in artifact.weights.items()}
+            self._mirror = Mirror(artifact.program.calls[0], shared, executor.states)
 
     def before(self, call: CallPlan, region: RegionPlan, at: int, env: Environment, sizes: Sizes) -> None:
         """Keep what step `at` reads, or is going to change."""
@@ -107,7 +113,7 @@ class StepWatch:
         step = region.steps[at]
         if self._gpu is None:
             self.memory.after(call, region, at, env, sizes)
-        elif step.buckets and (wrong := misplaced(step, region.slots, env, sizes, self._gpu.arena)):
+        elif wrong := misplaced(step, region.slots, env, sizes, self._gpu.arena):
             raise PlanMismatchError(f"region {region.name}, step {at} ({step.op}, {step.source}): {wrong}.")
         if self._watched(region):
             self.judge(call, region, "step", at, step, env, sizes)
@@ -125,7 +131,9 @@ class StepWatch:
         now, prefix = self._arguments(step, env, sizes), call.prefix
         written = {n: self._fetched(now[n]) for n in mutates(step.op) if isinstance(now.get(n), Tensor)}
         results = tuple(None if slot is None else self._fetched(env[slot]) for slot in step.outputs)
-        self.judging = True  # an error of a kernel shows when its results are fetched
+        if self._gpu is not None:
+            self._gpu.synchronize()  # an error of a kernel shows here
+        self.judging = True
         self._leave(call, region, step, f"{phase} {at} ({step.op})", results, written)
         states = self._states(region, step)
         reserved = frozenset(name for name in written if prefix + states.get(name, "") in self._reserved)
@@ -151,7 +159,7 @@ class StepWatch:
     # -- on a GPU ------------------------------------------------------------------------------------------------------
 
     def _fetched(self, value: Any) -> Any:
-        return value if self._gpu is None else moved(value, "cpu")
+        return value if self._gpu is None else moved(value, self._gpu.device)
 
     def _keep_arguments(self, call: CallPlan, region: RegionPlan, step: Step, env: Environment, sizes: Sizes) -> None:
         given = self._arguments(step, env, sizes)
@@ -159,7 +167,7 @@ class StepWatch:
         if self._mirror is None:
             self._given = given | copies_of_written(step.op, given)
             return
-        self._given = moved_all(given)
+        self._given = copied(given)
         for name, slot, value in slots_by_name(step, self._given):
             if why := self._mirror.changed(key_of(call, region, slot), value):
                 self._overwritten.append(broken(name, why))
@@ -212,9 +220,9 @@ class StepWatch:
         return frozenset(name for name, role in roles.items() if role not in ("weight", "prepared", "state"))
 
 
-def moved_all(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Arguments with copies of their tensors on the CPU."""
-    return {name: moved(value, "cpu") for name, value in arguments.items()}
+def copied(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments with copies of their tensors, where they are."""
+    return {name: moved(value, device_of([value])) for name, value in arguments.items()}
 
 
 def slots_by_name(step: Step, values: dict[str, Any]) -> Iterator[tuple[str, int, Tensor]]:
@@ -233,8 +241,8 @@ def _owner(region: RegionPlan, slot: int) -> int:
 def _copied(seen: Observation) -> Observation:
     """With tensors of its own: what the step read may change, and the step's memory is used again."""
 
-    results = tuple(moved(list(seen.results), "cpu"))
-    return replace(seen, arguments=moved_all(seen.arguments), results=results, mutated=moved_all(seen.mutated))
+    results = tuple(moved(list(seen.results), device_of(seen.results)))
+    return replace(seen, arguments=copied(seen.arguments), results=results, mutated=copied(seen.mutated))
 
 
 def refuse_region(name: str | None, regions: dict[str, RegionPlan]) -> None:

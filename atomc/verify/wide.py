@@ -101,7 +101,7 @@ class Wide(TorchFunctionMode):
     def __init__(self, script: Script) -> None:
         super().__init__()
         self.script, self.trace, self.asleep = script, Trace(), False
-        self._signs = torch.Generator().manual_seed(script.seed)
+        self._signs: torch.Generator | None = None  # on the device of what is jittered
         self.calls = 0
 
     def __torch_function__(
@@ -139,7 +139,9 @@ class Wide(TorchFunctionMode):
         unit = self.script.unit if unit is None else unit
         if not unit:
             return x
-        signs = torch.randint(0, 2, x.shape, generator=self._signs, dtype=torch.int8)
+        if self._signs is None:
+            self._signs = torch.Generator(x.device).manual_seed(self.script.seed)
+        signs = torch.randint(0, 2, x.shape, generator=self._signs, dtype=torch.int8, device=x.device)
         return x * (1 + unit * (2.0 * signs - 1))
 
     def _halved(self, found: Any) -> Any:

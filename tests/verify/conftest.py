@@ -58,7 +58,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
     return Compiled(checkpoint, compile_quietly(checkpoint, base / "model.atom"))
 
 
-@pytest.fixture(scope="session", params=["float32", "bfloat16"])
+@pytest.fixture(scope="session", params=[pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def for_gpu(request: pytest.FixtureRequest, compiled: Compiled, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
     """The same checkpoint compiled for an H100; read-only."""
     pytest.importorskip("triton", reason="kernels are compiled by triton, which is an extra")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import atomc.verify.launched as launched
 from atomc.artifact.plan import RegionPlan, Step
 from atomc.ops import OPS
 from atomc.runtime.bind import Environment, Sizes, value_of
+from atomc.runtime.graphs import Staging, buckets_of
 from atomc.verify.watching import StepWatch
 from atomc.verify.wide import results_of
 
@@ -38,15 +39,19 @@ class FakeGpu:
         self.arena = torch.full((max(arena_bytes, 1),), GARBAGE, dtype=torch.uint8)
         self.kernels = {path.stem for path in (folder / "kernels").glob("*.bin")}
 
+    def synchronize(self) -> None:
+        """Nothing runs."""
+
 
 class FakeLaunch:
     """What a `LaunchStep` is: results and scratch are full of garbage when the operator runs."""
 
-    def __init__(self, step: Step, plan: RegionPlan, device: FakeGpu) -> None:
+    def __init__(self, step: Step, plan: RegionPlan, device: FakeGpu, buffers: Mapping[int, Tensor]) -> None:
         self.step, self.device, self.release = step, device, step.release
         assert all(launch.kernel in device.kernels for bucket in step.buckets for launch in bucket.launches)
         scratch = [slot for bucket in step.buckets for slot in bucket.scratch]
-        self.memory = {s: gpu.Memory(plan.slots[s], device) for s in (*step.outputs, *scratch) if s is not None}  # type: ignore[arg-type]
+        made = [slot for slot in (*step.outputs, *scratch) if slot is not None]
+        self.memory = {s: gpu.Memory(plan.slots[s], device, buffers.get(s)) for s in made}  # type: ignore[arg-type]
 
     def run(self, env: Environment, sizes: Sizes) -> None:
         """Compute the step with the operator's function."""
@@ -66,6 +71,17 @@ class FakeLaunch:
         FakeGpu.fault(self.step, [made[s] for s in self.step.outputs if s is not None], env, self.device)
 
 
+class FakeGraphs:
+    """What `DecodeGraphs` is to who never replays one: captured by runs of padding, as those are."""
+
+    def __init__(
+        self, staging: Staging, most: int, slot: int, run: Callable[[Mapping[str, Tensor], int], Tensor]
+    ) -> None:
+        for bucket in buckets_of(most):
+            staging.put_decode(None, bucket, slot)
+            run(staging.views(staging.decode_shapes(bucket)), bucket)
+
+
 def elsewhere(method: Callable[..., None]) -> Callable[..., None]:
     """As within a run on a GPU: what is made without saying where is made there, and there is no such memory here."""
 
@@ -82,8 +98,9 @@ def install(patch: pytest.MonkeyPatch, fault: Fault = nothing) -> None:
     for module in (executor, gpu):
         patch.setattr(module, "Gpu", FakeGpu)
         patch.setattr(module, "LaunchStep", FakeLaunch)
+    patch.setattr(executor, "DecodeGraphs", FakeGraphs)
     patch.setattr(executor, "on_device", lambda tensors, _: {name: tensor.clone() for name, tensor in tensors.items()})
     for name in ("before", "after"):
         patch.setattr(StepWatch, name, elsewhere(getattr(StepWatch, name)))
     for module in (loader, launched):
-        patch.setattr(module, "runnable", lambda: ["cpu", "h100"])
+        patch.setattr(module, "device_arch", lambda: "sm_90")
