@@ -62,7 +62,7 @@ class Mirror:
             return ""
         self._known[key] = now, "a step that has no right to it"
         differs = (a != b).nonzero().flatten()
-        first = torch.unravel_index(differs[0] // now.dtype.itemsize, now.shape) if now.dim() else ()
+        first = torch.unravel_index(differs[0].cpu() // now.dtype.itemsize, now.shape) if now.dim() else ()
         place = ", ".join(str(int(i)) for i in first)
         return f"is not what {who} left: {len(differs)} bytes were written over, the first in element [{place}]"
 

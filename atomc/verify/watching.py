@@ -84,13 +84,19 @@ class StepWatch:
     """
 
     def __init__(
-        self, artifact: LoadedArtifact, executor: Executor, only: str | None, seen: Callable[[], None]
+        self,
+        artifact: LoadedArtifact,
+        executor: Executor,
+        only: str | None,
+        skip: frozenset[str],
+        seen: Callable[[], None],
     ) -> None:
+        """`only`: the region that is judged; None: all. `skip`: operators that are not. `seen`: called at each step."""
         self.reports: dict[tuple[str, str, int], StepReport] = {}
         self.first: Failure | None = None
         self.memory = MemoryWatch()
         self.judging = False
-        self._artifact, self._gpu, self._only, self._seen = artifact, executor.gpu, only, seen
+        self._artifact, self._gpu, self._only, self._skip, self._seen = artifact, executor.gpu, only, skip, seen
         self._names = {name: Names(region) for name, region in artifact.regions.items()}
         pools = {prefix + t.name: t.pool for prefix, ts in artifact.program.states.items() for t in ts}
         self._reserved = {name for name, pool in pools.items() if pool != "slots"}
@@ -135,11 +141,16 @@ class StepWatch:
             self._gpu.synchronize()  # an error of a kernel shows here
         self.judging = True
         self._leave(call, region, step, f"{phase} {at} ({step.op})", results, written)
+        skipped = step.op in self._skip
+        if skipped and not self._overwritten:
+            self.judging = False
+            return
         states = self._states(region, step)
         reserved = frozenset(name for name in written if prefix + states.get(name, "") in self._reserved)
         launched = self._launched(region, step, sizes)
         seen = Observation(step.op, self._given, results, written, reserved, launched)
-        verdict = worst([*self._overwritten, *examine(seen)] or [Verdict("nothing", 0.0, 0.0, 0.0)])
+        verdicts = [*self._overwritten, *(() if skipped else examine(seen))]
+        verdict = worst(verdicts or [Verdict("nothing", 0.0, 0.0, 0.0)])
         names = self._names[region.name]
         subject, reads = names.subject(step, prefix, states.get(verdict.what)), [prefix + n for n in names.reads(step)]
         report = StepReport(region.name, phase, at, step.op, step.source, 1, prefix, subject, tuple(reads), verdict)

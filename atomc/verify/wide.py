@@ -140,7 +140,7 @@ class Wide(TorchFunctionMode):
         if not unit:
             return x
         if self._signs is None:
-            self._signs = torch.Generator(x.device).manual_seed(self.script.seed)
+            self._signs = generator_on(x.device).manual_seed(self.script.seed)
         signs = torch.randint(0, 2, x.shape, generator=self._signs, dtype=torch.int8, device=x.device)
         return x * (1 + unit * (2.0 * signs - 1))
 
@@ -356,6 +356,11 @@ def results_of(returned: Any) -> tuple[Any, ...]:
     if returned is None:
         return ()
     return tuple(returned) if isinstance(returned, (tuple, list)) else (returned,)
+
+
+def generator_on(device: torch.device) -> torch.Generator:
+    """A generator of random numbers that a device can use."""
+    return torch.Generator(device)
 
 
 # Of larger ones (weights) the rounding acts as that of what they are multiplied with does, and takes long to draw.

@@ -17,9 +17,10 @@ from atomc.artifact.plan import RegionPlan, Slot, Step
 from atomc.errors import AtomcError
 from atomc.ops import OPS
 from atomc.runtime.bind import Environment, value_of
-from atomc.runtime.loader import read_plan
+from atomc.runtime.executor import Executor
+from atomc.runtime.loader import load, read_plan
 from atomc.runtime.watch import PlanMismatchError
-from atomc.verify import Options, Verification, examine, verify_artifact
+from atomc.verify import Options, Verification, examine, verify_artifact, verify_steps
 from atomc.verify.bisect import again, bisect, read_repro
 from atomc.verify.steps import named_arguments
 from tests.support.cli import Cli, environment
@@ -50,6 +51,25 @@ def test_every_step_is_judged_and_within_its_bound(for_gpu: Compiled, monkeypatc
     assert judged >= ONLY_THERE
     exact = {s.op for s in found.steps if s.worst.bound == 0}
     assert not exact & (ONLY_THERE - {"atom.pointwise.default"})
+
+
+def test_a_step_that_is_skipped_is_watched_but_not_judged(for_gpu: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
+    program, regions = read_plan(for_gpu.artifact)
+    plan = regions[program.calls[1].region]
+    experts = "atom.scaled_moe_experts.default"
+
+    def fault(step: Step, results: list[Tensor], env: Environment, device: FakeGpu) -> None:
+        if step.op == experts:
+            results[0].zero_()
+
+    install(monkeypatch, fault)
+    artifact = load(for_gpu.artifact)
+    judged = verify_steps(artifact, range(3, 30), Options(27, None, plan.name))
+    skipped = verify_steps(artifact, range(3, 30), Options(27, None, plan.name, frozenset({experts})))
+    assert [s.op for s in judged.steps if not s.ok] == [experts]
+    assert skipped.ok
+    assert {s.op for s in judged.steps} - {s.op for s in skipped.steps} == {experts}
+    assert skipped.weights is None
 
 
 # -- mistakes of kernels -----------------------------------------------------------------------------------------------
@@ -177,6 +197,15 @@ def test_weights_and_state_that_are_written_over_are_named(for_gpu: Compiled, mo
     assert "layers.0.window" in said and "(atom.qk_norm_rope_insert.default) left: 1 bytes were written over" in said
 
 
+def test_state_that_a_capture_leaves_behind_is_seen(for_gpu: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch)
+    monkeypatch.setattr(Executor, "_forget", lambda self: None)
+    program, _ = read_plan(for_gpu.artifact)
+    found = verified(for_gpu.artifact, region=program.calls[1].region)
+    assert found.problems
+    assert all("is not what the executor left" in problem for problem in found.problems)
+
+
 def test_a_result_in_another_place_is_refused(for_gpu: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
     def fault(step: Step, results: list[Tensor], env: Environment, device: FakeGpu) -> None:
         slot = step.outputs[0] if step.op == "atom.rms_norm_pair_quant.default" else None
@@ -209,6 +238,27 @@ def test_a_repro_launches_the_step_again(for_gpu: Compiled, tmp_path: Path, monk
         install(patch)
         assert all(v.ok for v in examine(again(recorded)))  # with nothing wrong
     assert not all(v.ok for v in examine(recorded))
+
+
+def test_a_value_of_the_program_has_memory_in_a_repro(
+    for_gpu: Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has no place in the arena."""
+    program, regions = read_plan(for_gpu.artifact)
+    plan = regions[program.calls[1].region]
+    made = next(s for s in plan.steps if s.buckets and set(s.outputs) & set(plan.outputs.values()))
+    at = next(i for i, slot in enumerate(made.outputs) if slot in plan.outputs.values())
+    assert plan.slots[made.outputs[at] or 0].offset is None
+
+    def fault(step: Step, results: list[Tensor], env: Environment, device: FakeGpu) -> None:
+        if step.op == made.op and step.source == made.source:
+            env[step.outputs[at] or 0].mul_(2)
+
+    install(monkeypatch, fault)
+    found = verified(for_gpu.artifact, region=plan.name)
+    assert found.first is not None and found.first.report.op == made.op
+    assert bisect(found.first, tmp_path / "repro").after == 1
+    assert not all(v.ok for v in examine(again(read_repro(tmp_path / "repro"))))
 
 
 @pytest.mark.slow
