@@ -8,19 +8,25 @@ Contract:
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from atomc.artifact.expr import evaluate, parse
 from atomc.artifact.kernels import read_kernels
-from atomc.artifact.plan import DTYPE_BYTES, Bucket, Launch, RegionPlan, SlotInfo, Step
+from atomc.artifact.plan import DTYPE_BYTES, Bucket, Launch, LibraryCall, RegionPlan, SlotInfo, Step
+from atomc.ops.library import CALLS, missing
 from atomc.runtime.bind import Environment, Getter, Sizes, getter_of
 from atomc.runtime.launcher import Kernel, LaunchError, load_kernel
+
+LOG: Final = logging.getLogger(__name__)
 
 
 class Gpu:
@@ -29,10 +35,19 @@ class Gpu:
     def __init__(self, folder: Path, arena_bytes: int, device: int = 0) -> None:
         self.index, self.device = device, torch.device("cuda", device)
         self.arena = torch.empty(max(arena_bytes, 1), dtype=torch.uint8, device=self.device)
+        self._missing: dict[str, str] = {}
         self.kernels: dict[str, Kernel] = {
             key: load_kernel(folder / "kernels" / f"{key}.bin", facts, device)
             for key, facts in read_kernels(folder).items()
         }
+
+    def missing(self, call: str) -> str:
+        """Why a library's call cannot be made here; empty: it can. Tried once."""
+        if call not in self._missing:
+            self._missing[call] = missing(call, self.device)
+            if why := self._missing[call]:
+                LOG.warning("This torch has no %s for this device (%s): the artifact's own kernels run.", call, why)
+        return self._missing[call]
 
     def stream(self) -> int:
         """The handle of the stream that steps run on."""
@@ -90,6 +105,42 @@ class BoundLaunch:
             self.kernel.launch(grid, [get(env, sizes) for get in self.arguments], stream)
 
 
+class BoundLibrary:
+    """A call of a library with the launches before it, on the current stream."""
+
+    def __init__(self, call: LibraryCall, gpu: Gpu) -> None:
+        self.call, self.launches = CALLS[call.name], [BoundLaunch(launch, gpu) for launch in call.launches]
+        self.arguments = [getter_of(a) for a in call.args]
+
+    def fits(self, env: Environment, sizes: Sizes) -> bool:
+        """Whether the library takes so many rows."""
+        return self.call.fits(self.arguments[0](env, sizes))
+
+    def run(self, env: Environment, sizes: Sizes, stream: int) -> None:
+        """Launch what goes before it, and make it."""
+        for launch in self.launches:
+            launch.run(env, sizes, stream)
+        self.call.run(*[get(env, sizes) for get in self.arguments])
+
+
+@dataclass(frozen=True)
+class BoundBucket:
+    """How a step of at most `tokens` tokens runs: by the library where it can, else by launches of its own."""
+
+    tokens: int
+    scratch: list[tuple[int, Memory]]
+    launches: list[BoundLaunch]
+    library: BoundLibrary | None
+
+    def run(self, env: Environment, sizes: Sizes, stream: int) -> None:
+        """Run it; its results and scratch are in place."""
+        if self.library is not None and self.library.fits(env, sizes):
+            self.library.run(env, sizes, stream)
+            return
+        for launch in self.launches:
+            launch.run(env, sizes, stream)
+
+
 class LaunchStep:
     """A step of the plan that kernels compute."""
 
@@ -100,18 +151,19 @@ class LaunchStep:
         ]
         self.buckets = [self._bucket(bucket, plan) for bucket in step.buckets]
 
-    def _bucket(self, bucket: Bucket, plan: RegionPlan) -> tuple[int, list[tuple[int, Memory]], list[BoundLaunch]]:
+    def _bucket(self, bucket: Bucket, plan: RegionPlan) -> BoundBucket:
         scratch = [(slot, Memory(plan.slots[slot], self.gpu)) for slot in bucket.scratch]
-        return bucket.tokens, scratch, [BoundLaunch(launch, self.gpu) for launch in bucket.launches]
+        library = None
+        if bucket.library is not None and not self.gpu.missing(bucket.library.name):
+            library = BoundLibrary(bucket.library, self.gpu)
+        return BoundBucket(bucket.tokens, scratch, [BoundLaunch(x, self.gpu) for x in bucket.launches], library)
 
     def run(self, env: Environment, sizes: Sizes) -> None:
         """Launch the bucket of the step's tokens."""
-        _, scratch, launches = next(b for b in self.buckets if sizes["T"] <= b[0])
-        for slot, memory in (*self.outputs, *scratch):
+        bucket = next(b for b in self.buckets if sizes["T"] <= b.tokens)
+        for slot, memory in (*self.outputs, *bucket.scratch):
             env[slot] = memory.tensor(sizes)
-        stream = self.gpu.stream()
-        for launch in launches:
-            launch.run(env, sizes, stream)
+        bucket.run(env, sizes, self.gpu.stream())
 
 
 def on_device(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:

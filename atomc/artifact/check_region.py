@@ -27,6 +27,7 @@ from atomc.artifact.plan import (
     slots_of,
 )  # fmt: skip
 from atomc.artifact.store import ArtifactError
+from atomc.ops.library import CALLS
 
 NAMESPACES: Final = ("aten", "atom")
 # Operators that return a view where they can and a copy where they must.
@@ -176,7 +177,12 @@ def _launches(step: Step, region: RegionPlan, there: set[int], symbols: set[str]
     if wrong := sorted(s for s in _scratch(step) if not 0 <= s < len(region.slots)):
         yield f"scratch slots {wrong} are out of range"
         return
-    for launch in (launch for bucket in step.buckets for launch in bucket.launches):
+    for call in (bucket.library for bucket in step.buckets if bucket.library is not None):
+        if call.name not in CALLS:
+            yield f"library call {call.name} is not one of {sorted(CALLS)}"
+        if gone := [a.id for a in call.args if isinstance(a, Slot) and a.id not in there]:
+            yield f"library call {call.name} takes slots {gone}, which are not there"
+    for launch in (launch for bucket in step.buckets for launch in bucket.every_launch):
         if not 1 <= len(launch.grid) <= 3:
             yield f"kernel {launch.kernel} has a grid of {len(launch.grid)} dimensions"
         sizes = [Size(g) if isinstance(g, str) else g for g in launch.grid]
