@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -18,9 +19,11 @@ from torch import Tensor
 
 from atomc.artifact.expr import evaluate, parse
 from atomc.artifact.kernels import read_kernels
-from atomc.artifact.plan import DTYPE_BYTES, Bucket, Launch, RegionPlan, SlotInfo, Step
+from atomc.artifact.order import STREAMS
+from atomc.artifact.plan import DTYPE_BYTES, Bucket, Launch, RegionPlan, SlotInfo
 from atomc.runtime.bind import Environment, Getter, Sizes, getter_of
 from atomc.runtime.launcher import Kernel, LaunchError, load_kernel
+from atomc.runtime.streams import Streams
 
 
 class Gpu:
@@ -34,10 +37,23 @@ class Gpu:
             for key, facts in read_kernels(folder).items()
         }
 
-    def stream(self) -> int:
-        """The handle of the stream that steps run on."""
-        handle: int = torch.cuda.current_stream(self.device).cuda_stream
-        return handle
+        self.side = [torch.cuda.Stream(self.device) for _ in range(STREAMS - 1)]
+        self.streams: Streams | None = None  # of the capture that goes on
+
+    @contextmanager
+    def on_streams(self, aside: bool) -> Iterator[None]:
+        """While a capture goes on in it, launches go to the plan's streams; `aside`: not to the main one alone."""
+        if torch.cuda.is_current_stream_capturing():
+            self.streams = Streams(torch.cuda.current_stream(self.device), self.side if aside else [])
+        try:
+            yield
+        finally:
+            self.streams = None
+
+    def join(self) -> None:
+        """All launches of a region are made."""
+        if self.streams is not None:
+            self.streams.join()
 
 
 class Values:
@@ -91,10 +107,13 @@ class BoundLaunch:
 
 
 class LaunchStep:
-    """A step of the plan that kernels compute."""
+    """Step `at` of a region's plan, which kernels compute."""
 
-    def __init__(self, step: Step, plan: RegionPlan, gpu: Gpu, buffers: Mapping[int, Tensor]) -> None:
+    def __init__(self, at: int, plan: RegionPlan, gpu: Gpu, buffers: Mapping[int, Tensor]) -> None:
+        step = plan.steps[at]
         self.gpu, self.release = gpu, step.release
+        self.at, self.stream, self.waits = at, step.stream, step.waits
+        self.awaited = any(at in other.waits for other in plan.steps)
         self.outputs = [
             (slot, Memory(plan.slots[slot], gpu, buffers.get(slot))) for slot in step.outputs if slot is not None
         ]
@@ -109,9 +128,15 @@ class LaunchStep:
         _, scratch, launches = next(b for b in self.buckets if sizes["T"] <= b[0])
         for slot, memory in (*self.outputs, *scratch):
             env[slot] = memory.tensor(sizes)
-        stream = self.gpu.stream()
+        streams = self.gpu.streams
+        if streams is None:
+            stream = torch.cuda.current_stream(self.gpu.device)
+        else:
+            stream = streams.enter(self.stream, self.waits)
         for launch in launches:
-            launch.run(env, sizes, stream)
+            launch.run(env, sizes, stream.cuda_stream)
+        if streams is not None and self.awaited:
+            streams.leave(self.at, self.stream)
 
 
 def on_device(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:

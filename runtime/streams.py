@@ -1,0 +1,50 @@
+"""Where a step's launches go while a decode graph is captured: the plan's streams, forked and joined by events.
+
+Contract:
+    A step begins when the step before it on its stream and those it waits for are over. Every region begins after what
+    the main stream held before it and ends on the main stream (`join`), so calls follow one another, and so do replays.
+    Outside of a capture there is one stream, the current one, and the order is the plan's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from atomc.artifact.order import STREAMS
+
+
+class Streams:
+    """The streams of one capture, which has begun on `main`. `side`: of the plan's; empty: all is launched on main."""
+
+    def __init__(self, main: torch.cuda.Stream, side: Sequence[torch.cuda.Stream]) -> None:
+        self.main, self.aside = main, bool(side)
+        self.all = [main, *(side or [main] * (STREAMS - 1))]
+        self._forked: set[int] = set()  # side streams that are part of this region
+        self._over: dict[int, torch.cuda.Event] = {}  # step -> its end
+        self._start = self.main.record_event()
+
+    def enter(self, stream: int, waits: Sequence[int]) -> torch.cuda.Stream:
+        """The stream of the plan that a step begins on, made to wait for what the step needs of others."""
+        found = self.all[stream]
+        if self.aside:
+            if stream and stream not in self._forked:
+                self._forked.add(stream)
+                found.wait_event(self._start)
+            for step in waits:
+                found.wait_event(self._over[step])
+        return found
+
+    def leave(self, step: int, stream: int) -> None:
+        """A step of the plan that others wait for has been launched."""
+        if self.aside:
+            self._over[step] = self.all[stream].record_event()
+
+    def join(self) -> None:
+        """End a region: what comes next on the main stream follows all of it."""
+        for stream in sorted(self._forked):
+            self.main.wait_stream(self.all[stream])
+        self._forked.clear()
+        self._over.clear()
+        self._start = self.main.record_event()
