@@ -138,8 +138,10 @@ class Executor:
         states: the caches of all layers by `prefix + name`.
     """
 
-    def __init__(self, artifact: LoadedArtifact, pools: PoolSizes, *, side_streams: bool = True) -> None:
-        """Bind, rehearse, capture. `side_streams`: whether small decode steps use them, to measure what they bring."""
+    def __init__(
+        self, artifact: LoadedArtifact, pools: PoolSizes, *, side_streams: bool = True, dependent_launches: bool = True
+    ) -> None:
+        """Bind, rehearse, capture. The flags are there to measure what each brings to a decode step on a GPU."""
         self.folder, self.serving = artifact.folder, artifact.manifest.serving
         self.tokenizer_path = artifact.folder / "tokenizer.json"
         self.pools = pools
@@ -161,7 +163,7 @@ class Executor:
         self.graphs: DecodeGraphs | None = None
         self.rehearse()
         if self.staging is not None and self.gpu is not None:
-            self.graphs = self._capture(self.staging, self.gpu, side_streams)
+            self.graphs = self._capture(self.staging, self.gpu, side_streams, dependent_launches)
 
     @classmethod
     def load(
@@ -207,13 +209,13 @@ class Executor:
         return values["logits"]
 
     @torch.inference_mode()
-    def _capture(self, staging: Staging, gpu: Gpu, side_streams: bool) -> DecodeGraphs:
+    def _capture(self, staging: Staging, gpu: Gpu, aside: bool, dependent: bool) -> DecodeGraphs:
         """Graphs of decode steps; what they wrote is padding."""
         names = ("T", "B", "N4", "NH", "L")
         pools = {name: self.pools.of(name) for name in ("window_pages", "blocks", "slots")}
 
         def run(fields: Mapping[str, Tensor], requests: int) -> Tensor:
-            with gpu.on_streams(side_streams and requests <= SIDE_TOKENS):
+            with gpu.on_streams(aside and requests <= SIDE_TOKENS, dependent):
                 return self._run(fields, {**dict.fromkeys(names, requests), **pools})
 
         most = min(self.num_slots, *(self.bounds[name] for name in names))

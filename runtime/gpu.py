@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,15 +37,18 @@ class Gpu:
             key: load_kernel(folder / "kernels" / f"{key}.bin", facts, device)
             for key, facts in read_kernels(folder).items()
         }
-
         self.side = [torch.cuda.Stream(self.device) for _ in range(STREAMS - 1)]
         self.streams: Streams | None = None  # of the capture that goes on
 
     @contextmanager
-    def on_streams(self, aside: bool) -> Iterator[None]:
-        """While a capture goes on in it, launches go to the plan's streams; `aside`: not to the main one alone."""
+    def on_streams(self, aside: bool, dependent: bool) -> Iterator[None]:
+        """While a capture goes on in it, launches go to the plan's streams; `aside`: not to the main one alone.
+
+        `dependent`: launches that can begin before the one before them ends.
+        """
         if torch.cuda.is_current_stream_capturing():
-            self.streams = Streams(torch.cuda.current_stream(self.device), self.side if aside else [])
+            main = torch.cuda.current_stream(self.device)
+            self.streams = Streams(main, self.side if aside else [], dependent)
         try:
             yield
         finally:
@@ -99,11 +103,11 @@ class BoundLaunch:
         self.grid = [parse(g) if isinstance(g, str) else g for g in launch.grid]
         self.arguments: list[Getter] = [getter_of(a) for a in launch.args]
 
-    def run(self, env: Environment, sizes: Sizes, stream: int) -> None:
-        """Launch it; an empty grid has nothing to do."""
+    def run(self, env: Environment, sizes: Sizes, stream: int, dependent: Callable[[], bool] = bool) -> None:
+        """Launch it; an empty grid has nothing to do. `dependent` is asked at a launch, whether it may be so."""
         grid = [g if isinstance(g, int) else g(sizes) for g in self.grid]
         if all(grid):
-            self.kernel.launch(grid, [get(env, sizes) for get in self.arguments], stream)
+            self.kernel.launch(grid, [get(env, sizes) for get in self.arguments], stream, dependent())
 
 
 class LaunchStep:
@@ -130,12 +134,14 @@ class LaunchStep:
             env[slot] = memory.tensor(sizes)
         streams = self.gpu.streams
         if streams is None:
-            stream = torch.cuda.current_stream(self.gpu.device)
-        else:
-            stream = streams.enter(self.stream, self.waits)
+            handle = torch.cuda.current_stream(self.gpu.device).cuda_stream
+            for launch in launches:
+                launch.run(env, sizes, handle)
+            return
+        handle = streams.enter(self.stream, self.waits).cuda_stream
         for launch in launches:
-            launch.run(env, sizes, stream.cuda_stream)
-        if streams is not None and self.awaited:
+            launch.run(env, sizes, handle, partial(streams.launch, self.stream))
+        if self.awaited:
             streams.leave(self.at, self.stream)
 
 

@@ -17,6 +17,7 @@ class Graph:
 
     def __init__(self) -> None:
         self.follows: list[set[int]] = []
+        self.dependent: list[int] = []  # nodes that may begin before the one that they follow ends
 
     def add(self, dependencies: set[int]) -> int:
         self.follows.append(set().union(dependencies, *(self.follows[d] for d in dependencies)))
@@ -28,11 +29,14 @@ class Stream:
 
     def __init__(self, graph: Graph, captured: bool = False) -> None:
         self.graph, self.last = graph, set[int]() if captured else None
+        self.launched = -1
 
-    def launch(self) -> int:
+    def launch(self, dependent: bool) -> int:
         assert self.last is not None, "a launch on a stream that is not captured"
-        node = self.graph.add(self.last)
+        assert not dependent or (self.last == {self.launched}), "an edge to more than the launch before"
+        node = self.launched = self.graph.add(self.last)
         self.last = {node}
+        self.graph.dependent += [node] * dependent
         return node
 
     def record_event(self) -> set[int]:
@@ -52,7 +56,11 @@ def captured(plan: RegionPlan, streams: Any, times: int) -> list[list[int]]:
     for _ in range(times):
         nodes = []
         for at, step in enumerate(plan.steps):
-            nodes.append(streams.enter(step.stream, step.waits).launch() if step.buckets else -1)
+            if step.buckets:
+                stream = streams.enter(step.stream, step.waits)
+                nodes.append(stream.launch(streams.launch(step.stream)))
+            else:
+                nodes.append(-1)
             if any(at in other.waits for other in plan.steps):
                 streams.leave(at, step.stream)
         streams.join()
@@ -65,7 +73,7 @@ def test_the_graph_has_the_order_of_the_plan(plan: RegionPlan) -> None:
     graph = Graph()
     main = Stream(graph, captured=True)
     side: Any = [Stream(graph) for _ in range(STREAMS - 1)]
-    first, second = captured(plan, Streams(main, side), 2)  # type: ignore[arg-type]
+    first, second = captured(plan, Streams(main, side, True), 2)  # type: ignore[arg-type]
     assert main.last is not None
     last = set().union(main.last, *(graph.follows[n] for n in main.last))
     assert last == set(range(len(graph.follows))), "the main stream does not end after everything"
@@ -81,5 +89,14 @@ def test_the_graph_has_the_order_of_the_plan(plan: RegionPlan) -> None:
 def test_on_one_stream_the_order_is_the_plans(plan: RegionPlan) -> None:
     graph = Graph()
     main: Any = Stream(graph, captured=True)
-    captured(plan, Streams(main, []), 2)
+    captured(plan, Streams(main, [], True), 2)
     assert all(follows == set(range(node)) for node, follows in enumerate(graph.follows))
+    assert graph.dependent == list(range(1, len(graph.follows))), "each but the first follows a launch"
+
+
+@given(regions())
+def test_no_launch_is_dependent_where_that_is_off(plan: RegionPlan) -> None:
+    graph = Graph()
+    main: Any = Stream(graph, captured=True)
+    captured(plan, Streams(main, [], False), 2)
+    assert graph.dependent == []
