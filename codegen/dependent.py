@@ -19,6 +19,7 @@ from typing import Any, Final
 
 ENTRY: Final = re.compile(r"^// %bb\.0:.*\n", re.MULTILINE)  # where LLVM begins a function's first block
 WAITS: Final = "griddepcontrol.wait;"
+CONSTANT: Final = "ld.global.nc"
 LETS: Final = "griddepcontrol.launch_dependents;"
 
 
@@ -26,8 +27,11 @@ def waiting(ptx: str) -> str:
     """A kernel's PTX that waits for the grid before it first.
 
     Raises:
-        ValueError: it has not one entry.
+        ValueError: it has not one entry, or it reads by the path that takes memory for constant while a kernel runs,
+            which memory that the grid before it still writes is not.
     """
+    if CONSTANT in ptx:
+        raise ValueError(f"it has {CONSTANT}, which sees no write of the grid before it")
     if len(ENTRY.findall(ptx)) != 1:
         raise ValueError(f"its PTX has {len(ENTRY.findall(ptx))} functions, and one is expected")
     return ENTRY.sub(lambda entry: f"{entry.group()}\t{WAITS}\n\t{LETS}\n", ptx)

@@ -74,6 +74,8 @@ def test_the_wait_is_the_first_instruction() -> None:
     for wrong in ("", ptx + ptx):
         with pytest.raises(ValueError, match="and one is expected"):
             waiting(wrong)
+    with pytest.raises(ValueError, match="sees no write of the grid before it"):
+        waiting(ptx.replace("ret;", "ld.global.nc.b32 %r1, [%rd1];\n\tret;"))
 
 
 def test_the_key_knows_everything_that_decides_the_binary() -> None:
