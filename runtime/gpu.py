@@ -11,8 +11,10 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -21,10 +23,12 @@ from torch import Tensor
 
 from atomc.artifact.expr import evaluate, parse
 from atomc.artifact.kernels import read_kernels
-from atomc.artifact.plan import DTYPE_BYTES, Bucket, Launch, LibraryCall, RegionPlan, SlotInfo, Step
+from atomc.artifact.order import STREAMS
+from atomc.artifact.plan import DTYPE_BYTES, Bucket, Launch, LibraryCall, RegionPlan, SlotInfo
 from atomc.ops.library import CALLS, missing
 from atomc.runtime.bind import Environment, Getter, Sizes, getter_of
 from atomc.runtime.launcher import Kernel, LaunchError, load_kernel
+from atomc.runtime.streams import Streams
 
 LOG: Final = logging.getLogger(__name__)
 
@@ -40,6 +44,8 @@ class Gpu:
             key: load_kernel(folder / "kernels" / f"{key}.bin", facts, device)
             for key, facts in read_kernels(folder).items()
         }
+        self.side = [torch.cuda.Stream(self.device) for _ in range(STREAMS - 1)]
+        self.streams: Streams | None = None  # of the capture that goes on
 
     def missing(self, call: str) -> str:
         """Why a library's call cannot be made here; empty: it can. Tried once."""
@@ -49,10 +55,24 @@ class Gpu:
                 LOG.warning("This torch has no %s for this device (%s): the artifact's own kernels run.", call, why)
         return self._missing[call]
 
-    def stream(self) -> int:
-        """The handle of the stream that steps run on."""
-        handle: int = torch.cuda.current_stream(self.device).cuda_stream
-        return handle
+    @contextmanager
+    def on_streams(self, aside: bool, dependent: bool) -> Iterator[None]:
+        """While a capture goes on in it, launches go to the plan's streams; `aside`: not to the main one alone.
+
+        `dependent`: launches that can begin before the one before them ends.
+        """
+        if torch.cuda.is_current_stream_capturing():
+            main = torch.cuda.current_stream(self.device)
+            self.streams = Streams(main, self.side if aside else [], dependent)
+        try:
+            yield
+        finally:
+            self.streams = None
+
+    def join(self) -> None:
+        """All launches of a region are made."""
+        if self.streams is not None:
+            self.streams.join()
 
 
 class Values:
@@ -98,11 +118,11 @@ class BoundLaunch:
         self.grid = [parse(g) if isinstance(g, str) else g for g in launch.grid]
         self.arguments: list[Getter] = [getter_of(a) for a in launch.args]
 
-    def run(self, env: Environment, sizes: Sizes, stream: int) -> None:
-        """Launch it; an empty grid has nothing to do."""
+    def run(self, env: Environment, sizes: Sizes, stream: int, dependent: Callable[[], bool] = bool) -> None:
+        """Launch it; an empty grid has nothing to do. `dependent` is asked at a launch, whether it may be so."""
         grid = [g if isinstance(g, int) else g(sizes) for g in self.grid]
         if all(grid):
-            self.kernel.launch(grid, [get(env, sizes) for get in self.arguments], stream)
+            self.kernel.launch(grid, [get(env, sizes) for get in self.arguments], stream, dependent())
 
 
 class BoundLibrary:
@@ -132,20 +152,24 @@ class BoundBucket:
     launches: list[BoundLaunch]
     library: BoundLibrary | None
 
-    def run(self, env: Environment, sizes: Sizes, stream: int) -> None:
-        """Run it; its results and scratch are in place."""
+    def run(self, env: Environment, sizes: Sizes, stream: int, dependent: Callable[[], bool] = bool) -> bool:
+        """Run it; its results and scratch are in place. Whether its last launch was one of its own."""
         if self.library is not None and self.library.fits(env, sizes):
             self.library.run(env, sizes, stream)
-            return
+            return False
         for launch in self.launches:
-            launch.run(env, sizes, stream)
+            launch.run(env, sizes, stream, dependent)
+        return True
 
 
 class LaunchStep:
-    """A step of the plan that kernels compute."""
+    """Step `at` of a region's plan, which kernels compute."""
 
-    def __init__(self, step: Step, plan: RegionPlan, gpu: Gpu, buffers: Mapping[int, Tensor]) -> None:
+    def __init__(self, at: int, plan: RegionPlan, gpu: Gpu, buffers: Mapping[int, Tensor]) -> None:
+        step = plan.steps[at]
         self.gpu, self.release = gpu, step.release
+        self.at, self.stream, self.waits = at, step.stream, step.waits
+        self.awaited = any(at in other.waits for other in plan.steps)
         self.outputs = [
             (slot, Memory(plan.slots[slot], gpu, buffers.get(slot))) for slot in step.outputs if slot is not None
         ]
@@ -163,7 +187,15 @@ class LaunchStep:
         bucket = next(b for b in self.buckets if sizes["T"] <= b.tokens)
         for slot, memory in (*self.outputs, *bucket.scratch):
             env[slot] = memory.tensor(sizes)
-        bucket.run(env, sizes, self.gpu.stream())
+        streams = self.gpu.streams
+        if streams is None:
+            bucket.run(env, sizes, torch.cuda.current_stream(self.gpu.device).cuda_stream)
+            return
+        handle = streams.enter(self.stream, self.waits).cuda_stream
+        if not bucket.run(env, sizes, handle, partial(streams.launch, self.stream)):
+            streams.foreign(self.stream)
+        if self.awaited:
+            streams.leave(self.at, self.stream)
 
 
 def on_device(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:

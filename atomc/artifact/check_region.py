@@ -12,6 +12,7 @@ from atomc.artifact.buffers import aligned, of_bucket, slot_bytes
 from atomc.artifact.check_layouts import check_layouts, check_results
 from atomc.artifact.expr import ExpressionError, evaluate, parse
 from atomc.artifact.names import Names
+from atomc.artifact.order import apart, check_streams, owners_of
 from atomc.artifact.plan import (
     ALIGNMENT,
     DTYPE_BYTES,
@@ -79,7 +80,7 @@ def check_region(
 ) -> None:
     """Add what is wrong with a region; later checks rely on earlier ones, so the first that finds something ends it."""
     where = f"plan/{region.name}.json"
-    checks = (_slots, _inputs, _steps, _layouts, _results_of_layouts, _lifetimes, _arena)
+    checks = (_slots, _inputs, _steps, _layouts, _results_of_layouts, _lifetimes, _streams, _arena)
     for check in checks:
         own = Problems()
         check(own, region, batch, bounds)
@@ -352,8 +353,16 @@ def _lifetimes(problems: Problems, region: RegionPlan, batch: object, bounds: ob
             problems.add(where, f"role {info.role} of a slot that {'outlives' if kept else 'ends in'} the region")
 
 
+def _streams(problems: Problems, region: RegionPlan, batch: object, bounds: object) -> None:
+    check_streams(problems, region.steps, region.slots)
+
+
 def _arena(problems: Problems, region: RegionPlan, batch: object, bounds: Mapping[str, int]) -> None:
-    """Temporaries with a storage have offsets inside the arena, and no two overlap in time and place."""
+    """Temporaries with a storage have offsets inside the arena, and no two overlap in time and place.
+
+    In time: in the order of the plan, or in that of its streams.
+    """
+    may_share = apart(region.steps, owners_of(region.slots))
     placed: list[tuple[int, SlotInfo, int, int]] = []
     tokens = {slot: b.tokens for step in region.steps for b in step.buckets for slot in b.scratch}
     for at, info in enumerate(region.slots):
@@ -368,7 +377,8 @@ def _arena(problems: Problems, region: RegionPlan, batch: object, bounds: Mappin
         if start < 0 or start % ALIGNMENT:
             problems.add(where, f"offset {start} is no multiple of {ALIGNMENT}")
         for other, known, low, high in placed:
-            if start < high and low < end and info.first <= known.last and known.first <= info.last:
+            meet = info.first <= known.last and known.first <= info.last
+            if start < high and low < end and (meet or not may_share(at, other)):
                 places = f"bytes {start} to {end}, and {low} to {high}"
                 problems.add(where, f"overlaps slot {other} ({known.name}): {places}")
         placed.append((at, info, start, end))

@@ -127,6 +127,8 @@ class Step(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
         release: slots whose storage no later step uses.
         source: `file:line` of the model, for messages and tables.
         buckets: on a GPU, the launches that compute it, for the fewest tokens first; empty: torch's own kernel.
+        stream: where it is launched in a small decode step, 0 being the main one; see `atomc.artifact.order`.
+        waits: steps of other streams that are over when it begins there, in order.
     """
 
     op: str
@@ -136,6 +138,8 @@ class Step(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
     release: list[int]
     source: str
     buckets: list[Bucket] = []
+    stream: int = 0
+    waits: list[int] = []
 
 
 class RegionInput(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
