@@ -195,7 +195,7 @@ def _keep_launched(folder: Path, launched: Launched | None) -> dict[str, Any] | 
         return None
     (folder / FOLDER).mkdir(exist_ok=True)
     (folder / "plan.json").write_bytes(encode(launched.plan))
-    for key in {launch.kernel for bucket in launched.step.buckets for launch in bucket.launches}:
+    for key in launched.kernels():
         for file in (launched.folder / FOLDER).glob(f"{key}.*"):
             shutil.copyfile(file, folder / FOLDER / file.name)
     return {"target": launched.target, "sizes": launched.sizes}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
 from atomc.artifact.buffers import slot_bytes
@@ -74,6 +75,12 @@ class Launched:
         """The step."""
         return self.plan.steps[0]
 
+    def kernels(self) -> set[str]:
+        """The keys of the kernels that it may launch, before a library's call too."""
+        buckets = self.step.buckets
+        launches = [launch for b in buckets for launch in (*b.launches, *(b.library.launches if b.library else ()))]
+        return {launch.kernel for launch in launches}
+
     def run(self, arguments: dict[str, Any], written: Sequence[str]) -> tuple[tuple[Any, ...], dict[str, Tensor]]:
         """Launch it: its results, and what it has made of the arguments that it writes; where the arguments are.
 
@@ -85,7 +92,7 @@ class Launched:
         for slot, value in self._placed(arguments):
             env[slot] = moved(value, gpu.device)
         sizes, home = self._sizes(arguments), device_of(arguments.values())
-        device.LaunchStep(self.step, self.plan, gpu, self._buffers(gpu, sizes)).run(env, sizes)
+        device.LaunchStep(0, self.plan, gpu, self._buffers(gpu, sizes)).run(env, sizes)
         results = tuple(None if slot is None else moved(env[slot], home) for slot in self.step.outputs)
         slots = {n: next(slots_in(self.given[n])) for n in written if isinstance(arguments.get(n), Tensor)}
         return results, {name: moved(env[slot], home) for name, slot in slots.items()}
@@ -122,8 +129,8 @@ class Launched:
 
 
 def alone(step: Step, slots: list[SlotInfo], arena_bytes: int) -> RegionPlan:
-    """A plan of one step."""
-    return RegionPlan("step", [], {}, slots, [], [step], arena_bytes)
+    """A plan of one step, which waits for none."""
+    return RegionPlan("step", [], {}, slots, [], [replace(step, stream=0, waits=[])], arena_bytes)
 
 
 def misplaced(step: Step, slots: list[SlotInfo], env: Environment, sizes: Sizes, arena: Tensor) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,18 @@ class FakeGpu:
     def synchronize(self) -> None:
         """Nothing runs."""
 
+    join = synchronize
+
+    def on_streams(self, aside: bool, dependent: bool) -> AbstractContextManager[None]:
+        """There is one stream."""
+        return nullcontext()
+
 
 class FakeLaunch:
     """What a `LaunchStep` is: results and scratch are full of garbage when the operator runs."""
 
-    def __init__(self, step: Step, plan: RegionPlan, device: FakeGpu, buffers: Mapping[int, Tensor]) -> None:
+    def __init__(self, at: int, plan: RegionPlan, device: FakeGpu, buffers: Mapping[int, Tensor]) -> None:
+        step = plan.steps[at]
         self.step, self.device, self.release = step, device, step.release
         assert all(launch.kernel in device.kernels for bucket in step.buckets for launch in bucket.launches)
         scratch = [slot for bucket in step.buckets for slot in bucket.scratch]
