@@ -1,0 +1,168 @@
+"""Predicted times: what a step of the model takes on its target by a roofline of each launch. Nothing is measured.
+
+Contract:
+    A launch takes the longest of three: its bytes at the sustained rate of the memory, its FLOPs at the sustained rate
+    of the instructions that it has, and the least time of a launch. Launches follow one another; nothing overlaps.
+
+Terms:
+    bound      which of the three it is: memory, compute, latency
+    scenario   tokens of a step, its requests, and the context of each when the step ends
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Final
+
+from atomc.artifact import facts
+from atomc.artifact.kernels import KernelFacts
+from atomc.artifact.manifest import Serving
+from atomc.artifact.plan import ProgramPlan, RegionPlan, Step
+from atomc.costs.launches import LaunchCost, launch_costs, seconds_of
+from atomc.costs.work import Work, work_of
+from atomc.targets import Target
+
+BOUNDS: Final = ("memory", "compute", "latency")
+DECODE, PREFILL, CONTEXTS = (1, 16, 64), (1024, 4096, 8192), (4096, 131072)
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A step: tokens, requests, tokens of context of each at its end."""
+
+    tokens: int
+    requests: int
+    context: int
+
+    @property
+    def name(self) -> str:
+        """`decode 16` requests, `prefill 4,096` tokens."""
+        if self.tokens == self.requests:
+            return f"decode {self.tokens:,}"
+        return f"prefill {self.tokens:,}" + (f" of {self.requests:,}" if self.requests > 1 else "")
+
+    def sizes(self, serving: Serving) -> dict[str, float]:
+        """Values of a formula's symbols; of windows as many are completed as on average."""
+        windows = {
+            name: float(max(1, self.tokens // ratio)) if ratio else 1.0
+            for name, ratio in (("N4", serving.csa_ratio), ("NH", serving.hca_ratio))
+        }
+        return {"T": self.tokens, "B": self.requests, "L": self.requests, "C": self.context, **windows}
+
+
+def scenarios(serving: Serving) -> list[Scenario]:
+    """Decode and prefill at a short and a long context, as far as the artifact goes."""
+    contexts = sorted({min(c, serving.max_context) for c in CONTEXTS})
+    prefills = [n for n in PREFILL if n <= serving.max_batch_tokens] or [serving.max_batch_tokens]
+    found = [Scenario(n, n, c) for c in contexts for n in DECODE if n <= serving.max_requests]
+    found += [Scenario(n, 1, max(c, n)) for c in contexts for n in prefills if n <= serving.max_context]
+    return list(dict.fromkeys(found))
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Bytes, FLOPs, launches, and predicted seconds by their bound."""
+
+    bytes: float = 0.0
+    flops: float = 0.0
+    launches: int = 0
+    seconds_by: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def seconds(self) -> float:
+        """All of them."""
+        return sum(self.seconds_by.values())
+
+    @property
+    def bound(self) -> str:
+        """What most of the time goes to."""
+        return max(BOUNDS, key=lambda bound: self.seconds_by.get(bound, 0.0))
+
+    def __add__(self, other: Timing) -> Timing:
+        seconds = {b: self.seconds_by.get(b, 0.0) + other.seconds_by.get(b, 0.0) for b in BOUNDS}
+        return Timing(self.bytes + other.bytes, self.flops + other.flops, self.launches + other.launches, seconds)
+
+    def __mul__(self, times: int) -> Timing:
+        seconds = {bound: s * times for bound, s in self.seconds_by.items()}
+        return Timing(self.bytes * times, self.flops * times, self.launches * times, seconds)
+
+
+@dataclass(frozen=True)
+class Operator:
+    """A step of a region that has kernels: its work, and the costs of its launches by the bucket's tokens."""
+
+    region: str
+    number: int
+    step: Step
+    work: Work
+    buckets: Mapping[int, list[LaunchCost]]
+
+    def launches(self, tokens: int) -> list[LaunchCost]:
+        """Of the first bucket that holds so many tokens, else of the last."""
+        return self.buckets[next((most for most in self.buckets if most >= tokens), max(self.buckets))]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A step of the model in one scenario.
+
+    Attributes:
+        operators: each with its time, once. regions: one use of each. uses: of a region in a step. total: of the step.
+    """
+
+    scenario: Scenario
+    operators: list[tuple[Operator, Timing]]
+    regions: dict[str, Timing]
+    uses: Mapping[str, int]
+    total: Timing
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a plan for a GPU costs."""
+
+    program: ProgramPlan
+    regions: Mapping[str, RegionPlan]
+    kernels: Mapping[str, KernelFacts]
+    target: Target
+    serving: Serving
+
+    @cached_property
+    def operators(self) -> list[Operator]:
+        """Every step that has kernels."""
+        found = []
+        for name, region in self.regions.items():
+            for number, step in enumerate(region.steps):
+                if step.buckets:
+                    work = work_of(step, region)
+                    by_bucket = {b.tokens: launch_costs(region, b, work) for b in step.buckets}
+                    found.append(Operator(name, number, step, work, by_bucket))
+        return found
+
+    def launch(self, cost: LaunchCost, sizes: dict[str, float]) -> Timing:
+        """One launch by the roofline."""
+        known = self.kernels[cost.kernel]
+        size = cost.bytes.at(sizes)
+        times = {
+            "memory": size / (self.target.memory_rate * self.target.sustained.memory),
+            "compute": sum(seconds_of(f, sizes, known, self.target) for f in cost.flops),
+            "latency": self.target.sustained.launch,
+        }
+        bound = max(BOUNDS, key=lambda name: times[name])
+        return Timing(size, sum(f.count.at(sizes) for f in cost.flops), 1, {bound: times[bound]})
+
+    def predict(self, scenario: Scenario) -> Prediction:
+        """Every operator, region and the whole step in a scenario."""
+        sizes, uses = scenario.sizes(self.serving), facts.uses(self.program)
+        found, regions, total = [], dict.fromkeys(self.regions, Timing()), Timing()
+        for operator in self.operators:
+            time = Timing()
+            for cost in operator.launches(scenario.tokens):
+                time += self.launch(cost, sizes)
+            found.append((operator, time))
+            regions[operator.region] += time
+        for name, time in regions.items():
+            total += time * uses[name]
+        return Prediction(scenario, found, regions, uses, total)
