@@ -61,6 +61,12 @@ def scenarios(serving: Serving) -> list[Scenario]:
     return list(dict.fromkeys(found))
 
 
+def bucket_scenario(serving: Serving, tokens: int) -> Scenario:
+    """The largest step of a bucket: decode where there may be as many requests, else as few requests as there can be."""
+    requests = tokens if tokens <= serving.max_requests else -(-tokens // serving.max_context)
+    return Scenario(tokens, requests, max(-(-tokens // requests), min(CONTEXTS[0], serving.max_context)))
+
+
 @dataclass(frozen=True)
 class Timing:
     """Bytes, FLOPs, launches, and predicted seconds by their bound."""
@@ -153,15 +159,19 @@ class Costs:
         bound = max(BOUNDS, key=lambda name: times[name])
         return Timing(size, sum(f.count.at(sizes) for f in cost.flops), 1, {bound: times[bound]})
 
+    def operator(self, operator: Operator, scenario: Scenario) -> Timing:
+        """All launches of an operator."""
+        sizes, time = scenario.sizes(self.serving), Timing()
+        for cost in operator.launches(scenario.tokens):
+            time += self.launch(cost, sizes)
+        return time
+
     def predict(self, scenario: Scenario) -> Prediction:
         """Every operator, region and the whole step in a scenario."""
-        sizes, uses = scenario.sizes(self.serving), facts.uses(self.program)
-        found, regions, total = [], dict.fromkeys(self.regions, Timing()), Timing()
-        for operator in self.operators:
-            time = Timing()
-            for cost in operator.launches(scenario.tokens):
-                time += self.launch(cost, sizes)
-            found.append((operator, time))
+        uses = facts.uses(self.program)
+        found = [(operator, self.operator(operator, scenario)) for operator in self.operators]
+        regions, total = dict.fromkeys(self.regions, Timing()), Timing()
+        for operator, time in found:
             regions[operator.region] += time
         for name, time in regions.items():
             total += time * uses[name]
