@@ -16,7 +16,7 @@ STAMP   := $(VENV)/.stamp
 PYTEST  := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check lint bench clean distclean
+.PHONY: help venv demo test kernels check lint bench clean distclean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */\1\t/' | expand -t 12
@@ -44,6 +44,9 @@ demo: venv  ## compile a small, trained DeepSeek-V4, explain it, generate text; 
 
 test: venv  ## every test that needs no GPU
 	$(PYTEST) --durations=10
+
+kernels: venv  ## every case of every kernel: in the interpreter, and compiled for every target
+	$(PYTEST) --every-kernel --durations=10 tests/kernels
 
 check: lint  ## lint and the fast tests: before every commit
 	$(PYTEST) -m "not slow"

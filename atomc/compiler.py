@@ -188,6 +188,7 @@ def compile_model(
             folder,
             lambda files: Manifest(
                 schema=SCHEMA_VERSION, model=source.name, config_sha256=config_hash(source.config), target=target.name,
+                arch=target.arch if target.is_gpu else "",
                 dtype=options.dtype, scheme=msgspec.to_builtins(quantisation.scheme), scales=quantisation.how(),
                 calibration="" if options.calibration is None else hash_file(options.calibration).sha256,
                 with_weights=options.with_weights, limits=limits, serving=serving, tools=tools(),

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
+from tempfile import NamedTemporaryFile, TemporaryDirectory
 from typing import Any
 
 import msgspec
@@ -55,7 +56,7 @@ def key(variant: Variant, target: Target) -> str:
 
     known = [
         FACTS, variant.name, variant.kernel.cache_key, variant.signature, [(k, repr(v)) for k, v in variant.constants],
-        variant.warps, variant.stages, sorted(variant.aligned), target.arch, triton.__version__,
+        variant.warps, variant.stages, sorted(variant.aligned), target.name, target.arch, triton.__version__,
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:20]
 
@@ -79,7 +80,10 @@ def build(variant: Variant, target: Target) -> Binary:
     source = ASTSource(fn=variant.kernel, signature=signature, constexprs=constants, attrs=attrs)
     where = GPUTarget(target.triton.backend, target.triton.arch, target.triton.warp_size)
     try:
-        made = triton.compile(source, where, options={"num_warps": variant.warps, "num_stages": variant.stages})
+        # `Store` is the cache; Triton's own would keep each stage of each kernel as well, and only ever grow.
+        with triton.knobs.cache.scope(), TemporaryDirectory(prefix="atomc-triton-") as scratch:
+            triton.knobs.cache.dir = scratch
+            made = triton.compile(source, where, options={"num_warps": variant.warps, "num_stages": variant.stages})
     except Exception as error:
         raise KernelError(f"a kernel does not compile: {_told(variant, target)}: {error}") from error
     if problem := _unfit(made, target):
@@ -162,9 +166,7 @@ def _nvidia(made: Any) -> dict[str, Any]:
 
 def _resources(cubin: bytes) -> dict[str, int]:
     """What cuobjdump (it comes with Triton) says of a cubin: REG, STACK; STACK is 0 where no instruction uses it."""
-    import tempfile
-
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+    with NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         usage = {n: int(v) for n, v in re.findall(r"\b(REG|STACK):(\d+)", _nvidia_tool("-res-usage", file.name))}

@@ -142,6 +142,11 @@ def type_of(value: Any) -> str:
     return "i32" if isinstance(value, (int, torch.SymInt)) else "fp32"
 
 
+def power_of_two(n: int) -> int:
+    """The least power of two that is not below n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
 def cdiv(a: int, b: int) -> int:
     """a / b rounded up."""
     return -(-a // b)

@@ -19,7 +19,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from atomc.codegen.device import Device, cdiv
+from atomc.codegen.device import Device, cdiv, power_of_two
 from atomc.codegen.source import kernel_of
 from atomc.ops.pointwise import CREATIONS, REDUCTIONS, VIEWS, Line, Name, Program, parse
 
@@ -53,11 +53,6 @@ import triton.language as tl
 def {name}({arguments}, M, ROWS: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr):
     """{results} of shape {shape}: ROWS rows, BLOCK columns of each."""
 '''
-
-
-def power_of_two(n: int) -> int:
-    """The least power of two that is not below n."""
-    return 1 << max(0, n - 1).bit_length()
 
 
 @dataclass

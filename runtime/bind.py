@@ -32,7 +32,7 @@ class BoundStep:
         self.computed: list[tuple[int, Getter]] = []  # place in the environment, how to fill it
         self.gather = _gatherer([self._place(a, fixed) for a in step.args])
         self.constants = {k: _constant(v) for k, v in step.kwargs.items() if _is_constant(v)}
-        self.kwargs = {k: _getter(v) for k, v in step.kwargs.items() if not _is_constant(v)}
+        self.kwargs = {k: getter_of(v) for k, v in step.kwargs.items() if not _is_constant(v)}
         self.outputs = step.outputs
         self.output = step.outputs[0] if len(step.outputs) == 1 else None
         self.release = step.release
@@ -44,16 +44,16 @@ class BoundStep:
         if _is_constant(arg):
             fixed.append(_constant(arg))
         else:
-            self.computed.append((len(fixed), _getter(arg)))
+            self.computed.append((len(fixed), getter_of(arg)))
             fixed.append(None)
         return len(fixed) - 1
 
     def run(self, env: Environment, sizes: Sizes) -> None:
         """Compute the results into `env`."""
-        for place, getter in self.computed:
-            env[place] = getter(env, sizes)
+        for place, find in self.computed:
+            env[place] = find(env, sizes)
         if self.kwargs:
-            kwargs = self.constants | {k: getter(env, sizes) for k, getter in self.kwargs.items()}
+            kwargs = self.constants | {k: find(env, sizes) for k, find in self.kwargs.items()}
             result = self.function(*self.gather(env), **kwargs)
         else:
             result = self.function(*self.gather(env), **self.constants)
@@ -76,7 +76,7 @@ def resolve(op: str) -> Callable[..., Any]:
 
 def value_of(arg: Arg, env: Environment, sizes: Sizes) -> Any:
     """An argument of a step as a value, for who looks at a step that is not bound."""
-    return _getter(arg)(env, sizes)
+    return getter_of(arg)(env, sizes)
 
 
 def _gatherer(places: list[int]) -> Callable[[Environment], tuple[Any, ...]]:
@@ -100,7 +100,8 @@ def _constant(arg: Arg) -> Any:
     return getattr(torch, arg.name) if isinstance(arg, DType) else arg
 
 
-def _getter(arg: Arg) -> Getter:
+def getter_of(arg: Arg) -> Getter:
+    """How an argument of a step or of a launch is found in an environment."""
     if isinstance(arg, Slot):
         place = arg.id
         return lambda env, _: env[place]
@@ -108,7 +109,7 @@ def _getter(arg: Arg) -> Getter:
         size = parse(arg.expr)
         return lambda _, sizes: size(sizes)
     if isinstance(arg, list):
-        getters = [_getter(a) for a in arg]
+        getters = [getter_of(a) for a in arg]
         return lambda env, sizes: [g(env, sizes) for g in getters]
     value = _constant(arg)
     return lambda _env, _sizes: value

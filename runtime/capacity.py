@@ -12,15 +12,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from atomc.artifact.facts import bytes_text, pool_bytes, window_pages
+import torch
+
+from atomc.artifact.facts import bytes_text, pool_bytes, weights, window_pages
 from atomc.artifact.manifest import Serving
 from atomc.artifact.plan import ProgramPlan
 from atomc.runtime.errors import ServingError
 from atomc.runtime.executor import Executor, PoolSizes
-from atomc.runtime.loader import load
+from atomc.runtime.loader import LoadedArtifact, load
 
 # Of the memory that is free: weights are mapped and shared, the rest of the machine lives too.
 DEFAULT_SHARE = 0.5
+# Of what a GPU has left: kernels, graphs and the sampler need some too.
+DEVICE_SHARE = 0.9
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,13 @@ def free_memory() -> int:
     return min(free, _group_memory(Path("/sys/fs/cgroup")) or free)
 
 
+def device_memory(artifact: LoadedArtifact) -> int:
+    """Bytes of a GPU's free memory for state: what weights, arena and values leave, and some for the driver."""
+    known, program = weights(artifact.program, artifact.regions), artifact.program
+    taken = known.bytes + known.prepared + program.arena_bytes + 2 * program.values_bytes
+    return max(0, int((torch.cuda.mem_get_info()[0] - taken) * DEVICE_SHARE))
+
+
 def _group_memory(group: Path) -> int | None:
     """What the control group (version 2) of a container leaves; None where there is no limit."""
     try:
@@ -133,6 +144,8 @@ def open_executor(
         ServingError: see `choose`.
     """
     artifact = load(path, progress)
+    if memory_bytes is None and artifact.manifest.arch:
+        memory_bytes = device_memory(artifact)
     capacity = choose(
         artifact.manifest.serving, artifact.program, max_requests=max_requests, memory_bytes=memory_bytes,
         num_blocks=num_blocks, num_window_pages=num_window_pages,

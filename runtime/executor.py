@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -15,7 +15,8 @@ from atomc.artifact.store import ArtifactError
 from atomc.ops import Batch
 from atomc.runtime.bind import BoundStep, Environment, Sizes
 from atomc.runtime.errors import BatchError, ServingError
-from atomc.runtime.gpu import Gpu, LaunchStep, on_device
+from atomc.runtime.gpu import Gpu, LaunchStep, Values, on_device
+from atomc.runtime.graphs import DecodeGraphs, Staging
 from atomc.runtime.loader import LoadedArtifact, load
 
 
@@ -57,6 +58,7 @@ class BoundCall:
         weights: Mapping[str, Tensor],
         states: Mapping[str, Tensor],
         gpu: Gpu | None = None,
+        memory: Values | None = None,
     ) -> None:
         self.call, self.plan = call, plan
         self.fixed: Environment = [None] * len(plan.slots)
@@ -73,11 +75,14 @@ class BoundCall:
                 case _:
                     self.values.append((item.slot, call.binds.get(item.name, item.name)))
         self._prepare(call.prefix)
+        self.outputs = list(plan.outputs.items())
+        made = {slot for step in plan.steps for slot in step.outputs}
+        written = {slot: name for name, slot in reversed(self.outputs) if slot in made}
+        buffers = {} if memory is None else {s: memory.take(name, plan.slots[s]) for s, name in written.items()}
         self.steps = [
-            LaunchStep(step, plan, gpu) if gpu is not None and step.buckets else BoundStep(step, self.fixed)
+            LaunchStep(step, plan, gpu, buffers) if gpu is not None and step.buckets else BoundStep(step, self.fixed)
             for step in plan.steps
         ]
-        self.outputs = list(plan.outputs.items())
 
     def _prepare(self, prefix: str) -> None:
         """Make what the plan makes of the weights, once."""
@@ -138,15 +143,23 @@ class Executor:
         self.pools = pools
         self.num_blocks, self.num_window_pages, self.num_slots = pools.blocks, pools.window_pages, pools.slots
         self.bounds = artifact.program.symbols
-        self.gpu = None if artifact.manifest.target == "cpu" else Gpu(artifact.folder, artifact.program.arena_bytes)
+        program = artifact.program
+        self.gpu = None if artifact.manifest.arch == "" else Gpu(artifact.folder, program.arena_bytes)
         self.device = torch.device("cpu") if self.gpu is None else self.gpu.device
-        weights = artifact.weights if self.gpu is None else on_device(artifact.weights, self.device)
+        weights, memory = artifact.weights, None
+        if self.gpu is not None:
+            weights, memory = on_device(weights, self.device), Values(self.bounds, self.device)
+            self.pools = pools = replace(pools, slots=pools.slots + 1)  # the last one is for padding
         with self.device:
-            self.states = allocate(artifact.program.states, pools)
+            self.states = allocate(program.states, pools)
             self.calls = [
-                BoundCall(c, artifact.regions[c.region], weights, self.states, self.gpu) for c in artifact.program.calls
+                BoundCall(c, artifact.regions[c.region], weights, self.states, self.gpu, memory) for c in program.calls
             ]
+        self.staging = None if self.gpu is None else Staging(self.serving, self.bounds, self.device)
+        self.graphs: DecodeGraphs | None = None
         self.rehearse()
+        if self.staging is not None:
+            self.graphs = self._capture(self.staging)
 
     @classmethod
     def load(
@@ -172,21 +185,36 @@ class Executor:
     def step(self, batch: Batch, watch: Watch | None = None) -> Tensor:
         """Run one step. Returns logits [L, V] float32 of the rows `batch.logit_rows`; updates the state.
 
+        On a GPU they are on the device, and valid until the next step.
+
         Raises:
             BatchError: the batch is larger than the artifact is compiled for, or its fields do not fit one another.
         """
         sizes = self._sizes(batch)
-        fields = batch._asdict()
+        if self.graphs is not None and watch is None and (logits := self.graphs.step(batch)) is not None:
+            return logits
+        return self._run(batch._asdict() if self.staging is None else self.staging.put(batch), sizes, watch)
+
+    def _run(self, fields: Mapping[str, Tensor], sizes: Sizes, watch: Watch | None = None) -> Tensor:
         values: dict[str, Tensor] = {}
-        if self.gpu is None:
-            for call in self.calls:
-                call.run(fields, values, sizes, watch)
-            return values["logits"]
-        fields = on_device(fields, self.device)
         with self.device:
             for call in self.calls:
                 call.run(fields, values, sizes, watch)
-        return values["logits"].cpu()
+        return values["logits"]
+
+    @torch.inference_mode()
+    def _capture(self, staging: Staging) -> DecodeGraphs:
+        """Graphs of decode steps; what they wrote is padding."""
+        names = ("T", "B", "N4", "NH", "L")
+        pools = {name: self.pools.of(name) for name in ("window_pages", "blocks", "slots")}
+
+        def run(fields: Mapping[str, Tensor], requests: int) -> Tensor:
+            return self._run(fields, {**dict.fromkeys(names, requests), **pools})
+
+        most = min(self.num_slots, *(self.bounds[name] for name in names))
+        graphs = DecodeGraphs(staging, most, self.num_slots, run)
+        self._forget()
+        return graphs
 
     def rehearse(self) -> None:
         """Run one token in the reserved page and block, and forget it: a first run, and a proof of the plan.
@@ -214,8 +242,13 @@ class Executor:
             raise ArtifactError(
                 f"{self.folder}: the plan does not run: {error} ({where}). Compile it again."
             ) from error
+        self._forget()
+
+    def _forget(self) -> None:
+        """Clear what was written into reserved rows of the state."""
         for state in self.states.values():
             state[0].zero_()
+            state[-1].zero_()
 
     def _sizes(self, batch: Batch) -> Sizes:
         sizes = {

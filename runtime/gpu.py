@@ -1,25 +1,26 @@
 """Steps on a GPU: kernels of the artifact, launched into memory that the plan has placed; torch's own for the rest.
 
 Contract:
-    Results and scratch of a launched step are views of one arena, at the offsets of the plan. Values that pass between
-    regions have memory of their own. Nothing is compiled, and a launched step allocates nothing on the device.
+    Results and scratch of a launched step are views of one arena, at the offsets of the plan. A value that passes
+    between regions has two buffers, written in turns: a call may read the old value while it writes the new one.
+    Nothing is compiled, and a launched step allocates nothing on the device.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from atomc.artifact.expr import parse
+from atomc.artifact.expr import evaluate, parse
 from atomc.artifact.kernels import read_kernels
-from atomc.artifact.plan import Bucket, Launch, RegionPlan, Size, Slot, SlotInfo, Step
-from atomc.runtime.bind import Environment, Getter, Sizes
-from atomc.runtime.launcher import Kernel, load_kernel
+from atomc.artifact.plan import DTYPE_BYTES, Bucket, Launch, RegionPlan, SlotInfo, Step
+from atomc.runtime.bind import Environment, Getter, Sizes, getter_of
+from atomc.runtime.launcher import Kernel, LaunchError, load_kernel
 
 
 class Gpu:
@@ -39,21 +40,39 @@ class Gpu:
         return handle
 
 
-class Memory:
-    """Where one slot lives: a view of the arena, or memory of its own."""
+class Values:
+    """The buffers of values that pass between regions. Calls take theirs in the order in which they run."""
 
-    def __init__(self, info: SlotInfo, gpu: Gpu) -> None:
-        self.gpu, self.offset = gpu, info.offset
+    def __init__(self, bounds: Mapping[str, int], device: torch.device) -> None:
+        self.bounds, self.device = bounds, device
+        self._buffers: dict[tuple[str, int], Tensor] = {}
+        self._writes: Counter[str] = Counter()
+
+    def take(self, name: str, info: SlotInfo) -> Tensor:
+        """Bytes for a value that a call writes: not those where the value is that it may read."""
+        count = math.prod(evaluate(n, self.bounds) for n in info.shape)
+        size, place = count * DTYPE_BYTES[info.dtype], (name, self._writes[name] % 2)
+        self._writes[name] += 1
+        if place not in self._buffers or self._buffers[place].numel() < size:
+            self._buffers[place] = torch.empty(max(size, 1), dtype=torch.uint8, device=self.device)
+        return self._buffers[place]
+
+
+class Memory:
+    """Where one slot lives: at its offset in the arena, or at the front of a buffer of its own."""
+
+    def __init__(self, info: SlotInfo, gpu: Gpu, buffer: Tensor | None = None) -> None:
+        if buffer is None and info.offset is None:
+            raise LaunchError(f"{info.name} is made by a kernel, and the plan gives it no memory. Compile it again.")
+        self.buffer, self.offset = (gpu.arena, info.offset or 0) if buffer is None else (buffer, 0)
         self.dtype: torch.dtype = getattr(torch, info.dtype)
         self.shape = [parse(s) if isinstance(s, str) else s for s in info.shape]
 
     def tensor(self, sizes: Sizes) -> Tensor:
         """Uninitialised memory of the slot's shape."""
         shape = [s if isinstance(s, int) else s(sizes) for s in self.shape]
-        if self.offset is None:
-            return torch.empty(shape, dtype=self.dtype, device=self.gpu.device)
         size = math.prod(shape) * self.dtype.itemsize
-        return self.gpu.arena[self.offset : self.offset + size].view(self.dtype).view(shape)
+        return self.buffer[self.offset : self.offset + size].view(self.dtype).view(shape)
 
 
 class BoundLaunch:
@@ -62,7 +81,7 @@ class BoundLaunch:
     def __init__(self, launch: Launch, gpu: Gpu) -> None:
         self.kernel = gpu.kernels[launch.kernel]
         self.grid = [parse(g) if isinstance(g, str) else g for g in launch.grid]
-        self.arguments: list[Getter] = [_getter(a) for a in launch.args]
+        self.arguments: list[Getter] = [getter_of(a) for a in launch.args]
 
     def run(self, env: Environment, sizes: Sizes, stream: int) -> None:
         """Launch it; an empty grid has nothing to do."""
@@ -71,22 +90,14 @@ class BoundLaunch:
             self.kernel.launch(grid, [get(env, sizes) for get in self.arguments], stream)
 
 
-def _getter(argument: Any) -> Getter:
-    if isinstance(argument, Slot):
-        place = argument.id
-        return lambda env, _: env[place]
-    if isinstance(argument, Size):
-        size = parse(argument.expr)
-        return lambda _, sizes: size(sizes)
-    return lambda _env, _sizes: argument
-
-
 class LaunchStep:
     """A step of the plan that kernels compute."""
 
-    def __init__(self, step: Step, plan: RegionPlan, gpu: Gpu) -> None:
+    def __init__(self, step: Step, plan: RegionPlan, gpu: Gpu, buffers: Mapping[int, Tensor]) -> None:
         self.gpu, self.release = gpu, step.release
-        self.outputs = [(slot, Memory(plan.slots[slot], gpu)) for slot in step.outputs if slot is not None]
+        self.outputs = [
+            (slot, Memory(plan.slots[slot], gpu, buffers.get(slot))) for slot in step.outputs if slot is not None
+        ]
         self.buckets = [self._bucket(bucket, plan) for bucket in step.buckets]
 
     def _bucket(self, bucket: Bucket, plan: RegionPlan) -> tuple[int, list[tuple[int, Memory]], list[BoundLaunch]]:

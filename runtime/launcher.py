@@ -12,7 +12,6 @@ Terms:
 from __future__ import annotations
 
 import ctypes
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -108,21 +107,12 @@ def driver() -> tuple[Any, str]:
 Kernel = StaticKernel | DriverKernel
 
 
-def load_kernel(data: bytes | Path, facts: KernelFacts, device: int) -> Kernel:
+def load_kernel(path: Path, facts: KernelFacts, device: int) -> Kernel:
     """A kernel on a device: by torch's static launcher, else by the driver.
 
     Raises:
         LaunchError: neither loads it.
     """
-    if isinstance(data, Path):
-        return _load(data, facts, device)
-    with tempfile.NamedTemporaryFile(suffix=".bin") as file:
-        file.write(data)
-        file.flush()
-        return _load(Path(file.name), facts, device)
-
-
-def _load(path: Path, facts: KernelFacts, device: int) -> Kernel:
     try:
         return StaticKernel(path, facts, device)
     except (LaunchError, RuntimeError, AttributeError, TypeError) as first:

@@ -15,16 +15,15 @@ from atomc.artifact.manifest import Manifest
 from atomc.artifact.plan import ProgramPlan, RegionPlan
 from atomc.artifact.store import ArtifactError, decode, read_manifest, verify
 
-# Compute capability of the GPUs that each target's code objects run on.
-CAPABILITIES = {"h100": (9, 0), "h200": (9, 0), "b200": (10, 0)}
 
-
-def runnable() -> list[str]:
-    """The targets that this machine runs."""
-    if torch.cuda.is_available() and torch.version.hip is None:
-        found = torch.cuda.get_device_capability()
-        return ["cpu", *(name for name, capability in CAPABILITIES.items() if capability == found)]
-    return ["cpu"]
+def device_arch() -> str:
+    """The instruction set of this machine's GPU, as a manifest names it; empty without one."""
+    if not torch.cuda.is_available():
+        return ""
+    if torch.version.hip is not None:
+        name: str = torch.cuda.get_device_properties(0).gcnArchName
+        return name.partition(":")[0]
+    return "sm_{}{}".format(*torch.cuda.get_device_capability())
 
 
 @dataclass(frozen=True)
@@ -47,10 +46,16 @@ def load(folder: Path, progress: Callable[[str], None] = lambda _: None) -> Load
     """
     manifest = read_manifest(folder)
     verify(folder, manifest, progress)
-    if manifest.target not in runnable():
+    if (manifest.arch == "") != (manifest.target == "cpu"):
         raise ArtifactError(
-            f"{folder} is compiled for {manifest.target}; this machine runs {', '.join(runnable())}. "
-            "Compile the model for a target that it runs."
+            f"{folder}/manifest.json names target {manifest.target} and arch {manifest.arch!r}, which do not go "
+            "together: it was changed after the compile. Compile the model again."
+        )
+    if manifest.arch not in ("", device_arch()):
+        here = f"has {device_arch()}" if device_arch() else "has no GPU"
+        raise ArtifactError(
+            f"{folder} is compiled for {manifest.target} ({manifest.arch}), and this machine {here}. Compile the model "
+            "for a target that it runs; --target cpu runs anywhere."
         )
     if not manifest.with_weights:
         raise ArtifactError(

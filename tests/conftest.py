@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before the first import of torch: test processes share the cores, and one thread each keeps sums reproducible.
@@ -31,6 +32,7 @@ settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--gpu", action="store_true", help="run the tests marked gpu")
+    parser.addoption("--every-kernel", action="store_true", help="compile every case of every kernel, not an excerpt")
 
 
 # Modules whose every test captures or compiles a model, or asks transformers: `make check` leaves them to `make test`.
@@ -70,6 +72,20 @@ def _seeds() -> None:
         torch.manual_seed(0)
 
 
+def _shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of this test session that all its processes see."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _kernel_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Compiled kernels are kept for this session, not in the user's folder: each compiles what a fresh machine does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(_shared(tmp_path_factory) / "cache"))
+        yield
+
+
 @pytest.fixture(scope="session")
 def repo_root() -> Path:
     """The root of the checkout."""
@@ -91,8 +107,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """
     from tests.support.artifact import LAYERS, compile_artifact, write_checkpoint
 
-    base = tmp_path_factory.getbasetemp()
-    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "model"
+    shared = _shared(tmp_path_factory) / "model"
     with FileLock(shared.with_suffix(".lock")):
         if not (shared / "native.json").exists():
             shutil.rmtree(shared, ignore_errors=True)

@@ -137,6 +137,8 @@ def test_an_artifact_for_a_gpu_has_every_kernel_that_its_plan_launches(
             computed += bool(step.buckets)
             assert [b.tokens for b in step.buckets] in ([], [16])
             assert step.buckets or is_view(step, region), step.op
+            made = [slot for slot in step.outputs if slot is not None and step.buckets]
+            assert all(region.slots[s].offset is not None or s in region.outputs.values() for s in made), step.op
     assert computed > 30 and launched == set(facts)
     generated = [(folder / "kernels" / f"{key}.py").exists() for key in facts]
     assert 5 < sum(generated) < len(facts) / 2

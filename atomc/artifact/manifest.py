@@ -8,7 +8,7 @@ import msgspec
 
 from atomc.recipes import Recipe
 
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -71,6 +71,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """`manifest.json`.
 
     Attributes:
+        arch: instruction set of the target (`sm_90`, `gfx950`); empty for the cpu. A GPU that has it runs the artifact.
         config_sha256: of the model's canonical config.json.
         scheme: the quantisation scheme, as `--scheme` takes it from a file. scales: how scales of weights were chosen.
         calibration: sha256 of the calibration file; empty without one.
@@ -85,6 +86,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     model: str
     config_sha256: str
     target: str
+    arch: str
     dtype: str
     scheme: dict[str, Any]
     scales: str

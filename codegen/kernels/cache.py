@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from atomc.codegen.device import Device, cdiv
+from atomc.codegen.device import Device, cdiv, power_of_two
 from atomc.codegen.kernels.common import e8m0_byte, e8m0_value
-from atomc.codegen.kernels.quantize import block_scale, e2m1_code, largest_magnitude, power_of_two, unscaled
+from atomc.codegen.kernels.quantize import block_scale, e2m1_code, largest_magnitude, unscaled
 from atomc.formats import RowLayout
 
 # -- in a kernel -------------------------------------------------------------------------------------------------------

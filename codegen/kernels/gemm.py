@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from atomc.codegen.device import Device, cdiv
+from atomc.codegen.device import Device, cdiv, power_of_two
 
 BAND = tl.constexpr(8)  # token tiles that take turns at a tile of the weight, so that both stay in L2
 
@@ -172,11 +172,6 @@ TUNED: Final = {
     "mi300x": Tuned((2, 1), (2, 2), 256),
 }
 ANY: Final = {"nvidia": "h100", "amd": "mi300x"}
-
-
-def power_of_two(n: int) -> int:
-    """The least power of two that is not below n."""
-    return 1 << max(0, n - 1).bit_length()
 
 
 def splits_of(programs: int, steps: int, wanted: int, most: int) -> int:

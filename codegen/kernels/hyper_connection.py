@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from atomc.codegen.device import Device, cdiv
-from atomc.codegen.kernels.quantize import empty_pair, layout_constants, power_of_two, quantize_row
+from atomc.codegen.device import Device, cdiv, power_of_two
+from atomc.codegen.kernels.quantize import empty_pair, layout_constants, quantize_row
 
 N = 4
 

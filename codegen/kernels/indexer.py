@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from atomc.codegen.device import Device, cdiv
+from atomc.codegen.device import Device, cdiv, power_of_two
 from atomc.codegen.kernels.common import e2m1_value, e8m0_value
 from atomc.codegen.kernels.compressor import row_constants, row_views
 from atomc.codegen.kernels.quantize import (
@@ -29,7 +29,6 @@ from atomc.codegen.kernels.quantize import (
     hadamard_tile,
     largest_magnitude,
     layout_constants,
-    power_of_two,
     unscaled,
 )  # fmt: skip
 from atomc.codegen.kernels.topk import padded, top_rows

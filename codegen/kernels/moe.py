@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from atomc.codegen.device import TYPES, Device, cdiv
+from atomc.codegen.device import TYPES, Device, cdiv, power_of_two
 from atomc.codegen.kernels.common import e2m1_value, e8m0_byte
 from atomc.codegen.kernels.moe_product import eights_product, fours_product, mx_product, sixteens_product
 from atomc.codegen.kernels.moe_sort import ORDERS, Sorted, empty_wide, ordered, padded, sort
@@ -30,7 +30,6 @@ from atomc.codegen.kernels.quantize import (
     empty_pair,
     largest_magnitude,
     layout_constants,
-    power_of_two,
     unscaled,
 )  # fmt: skip
 from atomc.codegen.kernels.swiglu import swiglu_of, threads

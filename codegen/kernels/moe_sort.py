@@ -23,9 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from atomc.codegen.device import Device, cdiv
+from atomc.codegen.device import Device, cdiv, power_of_two
 from atomc.codegen.kernels.common import e2m1_value, e8m0_value
-from atomc.codegen.kernels.quantize import power_of_two
 from atomc.formats import Layout
 
 ORDERS = {"fours": "pairs", "sixteens": "words"}  # by kind of product (see `moe_product`)

@@ -13,14 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from atomc.codegen.device import Device, cdiv
+from atomc.codegen.device import Device, cdiv, power_of_two
 from atomc.codegen.kernels.common import e8m0_byte, inverse_power, power_of_two_above
 from atomc.formats import Layout
-
-
-def power_of_two(n: int) -> int:
-    """The smallest power of two not below n."""
-    return 1 << max(n - 1, 0).bit_length()
 
 
 def layout_constants(text: str, block: int) -> dict[str, Any]:
@@ -186,6 +181,14 @@ def hadamard_rows(x, out, M, N: tl.constexpr, BM: tl.constexpr):
     tl.store(out + at, y.to(out.dtype.element_ty), mask=keep)
 
 
+@triton.jit
+def hadamard_row(x, out, N: tl.constexpr, LOG: tl.constexpr):
+    """A row of x [M, N] in float32, where the matrix of a product would not fit shared memory."""
+    at = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
+    y = hadamard_vector(tl.load(x + at).to(tl.float32), N, LOG)
+    tl.store(out + at, y.to(out.dtype.element_ty))
+
+
 def hadamard(device: Device, x: Tensor) -> Tensor:
     """See `atomc.ops.quantize.hadamard`: x [..., N]."""
     n = x.shape[-1]
@@ -193,6 +196,9 @@ def hadamard(device: Device, x: Tensor) -> Tensor:
         raise ValueError(f"a Hadamard rotation of {n} channels: a kernel has a power of two of them, 16 to 256")
     rows = x.numel() // n
     out = device.empty(x.shape, x.dtype)
+    if x.dtype == torch.float32 and n > 128:
+        device.launch(hadamard_row, (rows,), {"x": x, "out": out}, {"N": n, "LOG": n.bit_length() - 1}, warps=1)
+        return out
     bm = 64 if device.tokens > 16 and x.dtype != torch.float32 else 16
     device.launch(hadamard_rows, (cdiv(rows, bm),), {"x": x, "out": out, "M": rows}, {"N": n, "BM": bm})
     return out

@@ -7,8 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from atomc.codegen.device import Device, cdiv
-from atomc.codegen.kernels.quantize import power_of_two
+from atomc.codegen.device import Device, cdiv, power_of_two
 
 
 @triton.jit

@@ -12,8 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from atomc.codegen.device import Device, cdiv
-from atomc.codegen.kernels.quantize import power_of_two
+from atomc.codegen.device import Device, cdiv, power_of_two
 
 SEGMENT = 16384  # scores of a program: 32 a lane of 16 warps
 

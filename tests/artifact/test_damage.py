@@ -51,7 +51,7 @@ def test_a_damaged_manifest_is_refused(artifact: Path, tmp_path: Path) -> None:
         (folder / MANIFEST).write_bytes(whole[:size])
         with pytest.raises(ArtifactError, match=r"manifest\.json is not a valid"):
             load(folder)
-    for text in (b"\xff\xfe", b"[" * 100_000, b"null", b"{}", b'{"schema": "1"}', b'{"schema": 2}'):
+    for text in (b"\xff\xfe", b"[" * 100_000, b"null", b"{}", b'{"schema": "1"}', b'{"schema": 3}'):
         (folder / MANIFEST).write_bytes(text)
         with pytest.raises(ArtifactError, match=r"manifest\.json is not a valid"):
             load(folder)
@@ -130,8 +130,9 @@ def test_paths_that_leave_the_artifact_are_refused(artifact: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("schema", 3, "schema 3; this atomc reads 2"),
-        ("target", "mi355x", "compiled for mi355x"),
+        ("schema", 4, "schema 4; this atomc reads 3"),
+        ("target", "mi355x", "do not go together"),
+        ("arch", "gfx950", "do not go together"),
         ("with_weights", False, "--no-weights"),
         ("config_sha256", "0" * 64, "not the hash of config.json"),
         ("limits", {"max_context": 1}, "not a valid Manifest"),
@@ -144,6 +145,13 @@ def test_manifest_fields(artifact: Path, tmp_path: Path, field: str, value: obje
     with pytest.raises(ArtifactError) as raised:
         load(folder)
     assert message in raised.value.message
+
+
+def test_an_artifact_for_another_machine(artifact: Path, tmp_path: Path) -> None:
+    folder = copy_of(artifact, tmp_path)
+    edit(folder, MANIFEST, lambda manifest: manifest.update({"target": "mi300x", "arch": "gfx942"}))
+    with pytest.raises(ArtifactError, match=r"compiled for mi300x \(gfx942\), and this machine has"):
+        load(folder)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -50,7 +51,8 @@ def test_the_key_knows_everything_that_decides_the_binary() -> None:
     h100, base = get_target("h100"), variant()
     keys = {key(base, h100), key(base, get_target("mi355x")), key(variant(128), h100)}
     keys.add(key(Variant(base.kernel, base.signature, base.constants, 8, base.stages, base.aligned), h100))
-    assert len(keys) == 4
+    keys.add(key(base, get_target("h200")))  # the same binary, but the facts beside it name the target
+    assert len(keys) == 5
     assert key(variant(), h100) == key(base, h100)
 
 
@@ -70,6 +72,13 @@ def test_what_is_kept_is_not_compiled_again_and_damage_is_found(
     (tmp_path / f"{name}.bin").write_bytes(b"damaged")
     assert store.get(name) is None
     assert build_all([variant()], h100, store, jobs=1)[name].data == first[name].data
+
+
+def test_a_compile_leaves_nothing_in_tritons_own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    build(variant(), get_target("h100"))
+    assert not (tmp_path / "triton").exists()
+    assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "triton")
 
 
 @pytest.mark.slow

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from atomc.codegen.device import Device, TorchDevice
+from atomc.codegen.device import Device
 from atomc.codegen.kernels import attention
 from atomc.formats import RowLayout
-from atomc.targets import get_target
 from tests.kernels.cache import BF16, F32, FNUZ, INTERPRETED, MAIN, PLAIN, SMALL, local, meta, name_of, pages
-from tests.support.kernel_cases import Case
+from tests.support.kernel_cases import Case, as_on
 
 FP8, FNUZ_FP8 = "e4m3:1x128:e8m0:0.0001", "e4m3fnuz:1x128:e8m0:0.0001:max224"
 
@@ -79,16 +77,6 @@ def arguments(
         return [*given, rows, *tail]
 
     return make
-
-
-def as_on(target: str, host: Callable[..., Any]) -> Callable[..., Any]:
-    """A host function that chooses as for another target: its configurations are correct, if not quick, everywhere."""
-
-    def run(device: Device, *given: Any) -> Any:
-        assert isinstance(device, TorchDevice)
-        return host(replace(device, target=get_target(target)), *given)
-
-    return run
 
 
 def case(name: str, tokens: int, *shape: Any, target: str = "", **more: Any) -> Case:

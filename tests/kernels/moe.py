@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from atomc.codegen.device import Device, TorchDevice
+from atomc.codegen.device import Device
 from atomc.codegen.kernels import moe, swiglu
 from atomc.formats import FP4_ACTIVATION, FP8_ACTIVATION, FP8_CHANNEL, FP8_TILE, FP8_TILE_F32, MXFP4, Layout, quantize
-from atomc.targets import get_target
-from tests.support.kernel_cases import Case
+from tests.support.kernel_cases import Case, as_on
 
 F32, BF16 = torch.float32, torch.bfloat16
 DTYPES = (F32, BF16)
@@ -24,16 +22,6 @@ FLOATS = Layout.parse("e4m3:1x128:float32:0.0001")
 # A sum that is off by 1e-6 moves a value of what w2 multiplies to the next code now and then, which is 2^-4 of it; the
 # matrix unit's FP8 sums have some 13 bits, so that more values move.
 BOUNDS: dict[str, Any] = {"tolerance": {F32: 2e-3, BF16: 6e-3}, "gpu_tolerance": {F32: 1.5e-2, BF16: 1.5e-2}}
-
-
-def on(target: str, host: Callable[..., Any]) -> Callable[..., Any]:
-    """The host function as it runs for another target."""
-
-    def run(device: Device, *arguments: Any) -> Any:
-        assert isinstance(device, TorchDevice)
-        return host(replace(device, target=get_target(target)), *arguments)
-
-    return run
 
 
 def choices(t: int, k: int, e: int, kind: str) -> Tensor:
@@ -82,7 +70,7 @@ def broken_scale(make: Callable[[], list[Any]]) -> Callable[[], list[Any]]:
 
 def case(name: str, make: Callable[[], list[Any]], target: str = "h100", tokens: int = 16, slow: bool = False) -> Case:
     return Case(
-        name, "scaled_moe_experts", on(target, moe.scaled_moe_experts), make, tokens=tokens, slow=slow, **BOUNDS
+        name, "scaled_moe_experts", as_on(target, moe.scaled_moe_experts), make, tokens=tokens, slow=slow, **BOUNDS
     )
 
 

@@ -1,8 +1,9 @@
 """The lanes of every kernel family that need no GPU: the interpreter, in a process of its own, and ahead of time.
 
 `interp`: each case against the operator's reference. `aot`: the shapes of V4-Flash and V4-Pro compile for every target,
-without a spill or with a listed, justified one, with a matrix instruction where the kernel has a product, and with
-shared memory that the target has. The gpu lane is `python -m tests.kernels.lane gpu FAMILY`.
+without a spill, with a matrix instruction and loads of 16 bytes where the kernel has a product, and with shared memory
+that the target has; a family lists its exceptions with the reason (SPILLS, NO_MATRIX, NARROW). About 450 variants for
+each target: an excerpt of them, or all with --every-kernel (`make kernels`). The gpu lane: `tests.kernels.lane`.
 """
 
 from __future__ import annotations
@@ -12,17 +13,21 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 pytest.importorskip("triton", reason="kernels are compiled by triton, which is an extra")
 
-from atomc.codegen.aot import build, default_store, key
-from atomc.codegen.device import Recorder
-from atomc.targets import TARGETS, get_target
+from triton.runtime.jit import JITFunction
+
+from atomc.codegen.aot import build, key
+from atomc.codegen.device import Recorder, Variant
+from atomc.targets import TARGETS, Target, get_target
 
 FAMILIES = sorted(p.stem for p in Path(__file__).parent.glob("*.py") if p.stem not in ("lane", "test_lanes"))
 GPUS = [name for name, target in TARGETS.items() if target.is_gpu and name != "h200"]  # h200 is an h100 to a compiler
+EXCERPT = 4  # one variant in so many is compiled in `make test`, beside both ends of each kernel's table
 
 
 @pytest.mark.slow
@@ -35,26 +40,69 @@ def test_every_case_is_the_reference_in_the_interpreter(family: str, repo_root: 
     assert "ok   " in ran.stdout
 
 
+# -- ahead of time -----------------------------------------------------------------------------------------------------
+
+
+def variants_of(family: str, target: Target) -> dict[str, tuple[str, Variant]]:
+    """Key -> the first case that launches it, and what it launches."""
+    found: dict[str, tuple[str, Variant]] = {}
+    for name, call in importlib.import_module(f"tests.kernels.{family}").AOT:
+        recorder = Recorder(target, int(name.rpartition(" ")[2]))
+        call(recorder)
+        for variant in recorder.variants:
+            found.setdefault(key(variant, target), (name, variant))
+    return found
+
+
+def excerpt(found: dict[str, tuple[str, Variant]]) -> dict[str, tuple[str, Variant]]:
+    """Of each kernel the first and the last of its table, and of all others one in EXCERPT, by their keys.
+
+    A key follows the kernel's text: the same commit always compiles the same, a changed kernel draws others.
+    """
+    ends: dict[str, list[str]] = {}
+    for name, (_, variant) in found.items():
+        ends.setdefault(variant.name, []).append(name)
+    kept = {name for names in ends.values() for name in (names[0], names[-1])}
+    return {k: v for k, v in found.items() if k in kept or int(k[:8], 16) % EXCERPT == 0}
+
+
+def has_product(kernel: Any) -> bool:
+    """Whether the kernel, or a function that it calls, asks for a matrix product."""
+    named = (kernel.fn.__globals__.get(name) for name in kernel.fn.__code__.co_names)
+    return "tl.dot" in kernel.src or any(has_product(called) for called in named if isinstance(called, JITFunction))
+
+
+def excepted(family: str, table: str, variant: Variant) -> bool:
+    """Whether the family's table of exceptions, kernel -> constants, has the variant."""
+    listed: dict[str, dict[str, Any]] = getattr(importlib.import_module(f"tests.kernels.{family}"), table, {})
+    constants = dict(variant.constants)
+    return variant.name in listed and all(constants[name] == value for name, value in listed[variant.name].items())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("target", GPUS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_kernel_compiles_for_every_target(family: str, target: str) -> None:
-    cases = importlib.import_module(f"tests.kernels.{family}")
+def test_every_kernel_compiles_for_every_target(family: str, target: str, request: pytest.FixtureRequest) -> None:
     known = get_target(target)
-    spilling: dict[str, str] = getattr(cases, "SPILLS", {})
-    store, seen = default_store(), 0
-    for name, call in cases.AOT:
-        recorder = Recorder(known, int(name.rpartition(" ")[2]))
-        call(recorder)
-        for variant in recorder.variants:
-            binary = store.get(key(variant, known))
-            if binary is None:
-                binary = build(variant, known)
-                store.put(key(variant, known), binary)
-            facts, where = binary.facts, f"{name}: {variant.name} for {target} {dict(variant.constants)}"
-            seen += 1
-            assert facts.shared <= known.shared_bytes, where
-            assert facts.spills == 0 or variant.name in spilling, f"{where}: {facts.spills} bytes of spills"
-            if "tl.dot" in variant.kernel.src:
-                assert facts.matrix, f"{where}: no matrix instruction"
-    assert seen > 0
+    found = variants_of(family, known)
+    if not request.config.getoption("--every-kernel"):
+        found = excerpt(found)
+    assert found
+    for name, variant in found.values():
+        facts, where = build(variant, known).facts, f"{name}: {variant.name} for {target} {dict(variant.constants)}"
+        assert facts.shared <= known.shared_bytes, where
+        assert facts.spills == 0 or excepted(family, "SPILLS", variant), f"{where}: {facts.spills} bytes of spills"
+        product = has_product(variant.kernel) and not excepted(family, "NO_MATRIX", variant)
+        assert bool(facts.matrix) == product, f"{where}: matrix instructions {facts.matrix}"
+        assert facts.wide_loads or not product or excepted(family, "NARROW", variant), f"{where}: no load of 16 bytes"
+
+
+@pytest.mark.parametrize("target", GPUS)
+def test_an_excerpt_has_both_ends_of_every_kernel(target: str) -> None:
+    found = variants_of("moe", get_target(target))
+    some = excerpt(found)
+    kernels = {variant.name for _, variant in found.values()}
+    assert {variant.name for _, variant in some.values()} == kernels and len(some) < len(found) / 2
+    assert {"experts 1", "experts 8192"} <= {name for name, _ in some.values()}
+    products = {variant.name for _, variant in found.values() if has_product(variant.kernel)}
+    assert products == {"experts_in", "experts_out"}

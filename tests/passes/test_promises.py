@@ -82,6 +82,7 @@ def compiled(
     return {r.name: fuse(source, fresh, r, quantisation, options, lambda *_: None) for r in fresh.regions}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     ("scheme", "target"),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from atomc.artifact.facts import pool_bytes
 from atomc.artifact.manifest import Serving
-from atomc.artifact.plan import ProgramPlan, StateTensor
-from atomc.runtime.capacity import choose, free_memory
+from atomc.artifact.plan import CallPlan, ProgramPlan, RegionInput, RegionPlan, SlotInfo, StateTensor
+from atomc.runtime.capacity import choose, device_memory, free_memory
 from atomc.runtime.errors import ServingError
 
 SERVING = Serving(
@@ -68,6 +70,16 @@ def test_requests_are_bounded_by_the_artifact(requests: int) -> None:
 def test_a_model_without_compressed_layers_has_blocks_of_no_bytes() -> None:
     program = ProgramPlan([], {}, {"layers.0.": STATES["layers.0."]}, 0, 0)
     assert choose(SERVING, program, memory_bytes=PAGES * PAGE + 4 * SLOT).pools.blocks == 17
+
+
+def test_a_gpus_state_gets_what_weights_and_steps_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    slots = [SlotInfo("w", "weight", [1000], "float32", None, -1, 0, None)]
+    region = RegionPlan("r", [RegionInput(0, "weight", "w")], {}, slots, [], [], arena_bytes=0)
+    program = ProgramPlan([CallPlan("r", "", {})], {}, STATES, values_bytes=300, arena_bytes=400)
+    artifact = SimpleNamespace(program=program, regions={"r": region})
+    for free, left in ((10_000, 0.9 * (10_000 - 4000 - 400 - 600)), (4_000, 0)):
+        monkeypatch.setattr("torch.cuda.mem_get_info", lambda free=free: (free, 1 << 40))
+        assert device_memory(artifact) == int(left)  # type: ignore[arg-type]
 
 
 def test_free_memory_is_some() -> None:

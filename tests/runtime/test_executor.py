@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -25,12 +26,14 @@ from atomc.ops import Batch
 from atomc.runtime.bind import Environment, Sizes
 from atomc.runtime.errors import BatchError, ServingError
 from atomc.runtime.executor import Executor, PoolSizes
-from atomc.runtime.loader import load
+from atomc.runtime.graphs import Staging, buckets_of
+from atomc.runtime.loader import device_arch, load
 from atomc.runtime.watch import MemoryWatch, PlanMismatchError, predicted_bytes
 from tests.support.eager import Step, run
 from tests.support.sealed import copy_of, edit
 
 BLOCKS, PAGES = 12, 40
+POOLS = ("window_pages", "blocks", "slots")
 
 
 def opened(artifact: Path, blocks: int = BLOCKS, pages: int = PAGES, requests: int | None = None) -> Executor:
@@ -132,6 +135,40 @@ def test_the_logits_wanted_are_those_given(executor: Executor) -> None:
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_decode_step_padded_to_a_graph_is_the_step_itself(artifact: Path) -> None:
+    """The padding of `runtime.graphs`, run on the cpu: it changes neither logits nor the state of any request."""
+    executor = opened(artifact)
+    executor.num_slots -= 1  # the last one is for padding
+    paged, first = Paged(executor, 3), [9, 17, 15]
+    ids = [torch.randint(0, executor.serving.vocab_size, (n + 1,)) for n in first]
+    executor.step(paged.batch([(i, 0, ids[i][:n]) for i, n in enumerate(first)]))
+    batch = paged.batch([(i, n, ids[i][n:]) for i, n in enumerate(first)])
+    before = {name: state.clone() for name, state in executor.states.items()}
+    wanted = executor.step(batch)
+    after = {name: state.clone() for name, state in executor.states.items()}
+    for name, state in executor.states.items():
+        state.copy_(before[name])
+    staging, bucket = Staging(executor.serving, executor.bounds, torch.device("cpu")), 4
+    staging.put_decode(batch, bucket, executor.num_slots)
+    sizes = {**dict.fromkeys(("T", "B", "N4", "NH", "L"), bucket), **{p: executor.pools.of(p) for p in POOLS}}
+    found = executor._run(staging.views(staging.decode_shapes(bucket)), sizes)
+    torch.testing.assert_close(found[:3], wanted, rtol=0, atol=1e-5)
+    for name, state in executor.states.items():
+        rows = slice(1, executor.num_slots if state.shape[0] == executor.num_slots + 1 else None)
+        torch.testing.assert_close(state[rows], after[name][rows], rtol=0, atol=1e-5, equal_nan=True)
+
+
+def test_a_batch_arrives_as_it_is(executor: Executor) -> None:
+    batch = Paged(executor, 2).batch([(0, 0, torch.arange(9)), (1, 3, torch.arange(4))])
+    fields = Staging(executor.serving, executor.bounds, torch.device("cpu")).put(batch)
+    assert all(torch.equal(fields[name], getattr(batch, name)) for name in Batch._fields)
+
+
+@pytest.mark.parametrize(("most", "last"), [(1, (1,)), (3, (1, 2, 3)), (64, (48, 56, 64)), (300, (256, 288, 300))])
+def test_the_buckets_of_graphs_end_with_the_most(most: int, last: tuple[int, ...]) -> None:
+    assert buckets_of(most)[-len(last) :] == last and list(buckets_of(most)) == sorted(set(buckets_of(most)))
 
 
 def test_live_bytes_are_what_the_plan_predicts(executor: Executor) -> None:
@@ -311,6 +348,27 @@ def test_an_error_while_weights_are_prepared_says_where(
 def test_the_rehearsal_leaves_no_trace(artifact: Path) -> None:
     executor = opened(artifact)
     assert all(not state.any() for state in executor.states.values())
+
+
+@pytest.mark.parametrize(("here", "said"), [("", "has no GPU"), ("sm_80", "has sm_80")])
+def test_an_artifact_for_another_gpu_is_refused(
+    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: str, said: str
+) -> None:
+    folder = copy_of(artifact, tmp_path)
+    edit(folder, "manifest.json", lambda manifest: manifest.update(target="h100", arch="sm_90"))
+    monkeypatch.setattr("atomc.runtime.loader.device_arch", lambda: here)
+    with pytest.raises(ArtifactError, match=rf"is compiled for h100 \(sm_90\), and this machine {said}"):
+        opened(folder)
+
+
+def test_the_architecture_of_a_device_is_named_as_a_manifest_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert device_arch() == ""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert device_arch() == "sm_90"
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(gcnArchName="gfx950:sramecc+"))
+    assert device_arch() == "gfx950"
 
 
 def test_an_artifact_without_weights_does_not_run(artifact: Path, tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from atomc.artifact.plan import SlotInfo
-from atomc.runtime.gpu import Memory
-from atomc.runtime.launcher import _c_value, letters_of
+from atomc.runtime.gpu import Memory, Values
+from atomc.runtime.launcher import LaunchError, _c_value, letters_of
 
 
 class Arena:
@@ -43,5 +43,18 @@ def test_temporaries_lie_in_the_arena_where_the_plan_says() -> None:
     assert tensor.data_ptr() == gpu.arena.data_ptr() + 512
     assert gpu.arena.nonzero().flatten().tolist()[0] >= 512
     assert int(gpu.arena.nonzero().max()) < 512 + 3 * 4 * 2
-    value = Memory(SlotInfo("y", "value", ["2*T"], "float8_e8m0fnu", None, 0, 9, None), gpu).tensor({"T": 3})  # type: ignore[arg-type]
-    assert value.shape == (6,) and value.dtype == torch.float8_e8m0fnu
+    info = SlotInfo("y", "value", ["2*T"], "float8_e8m0fnu", None, 0, 9, None)
+    buffer = torch.zeros(64, dtype=torch.uint8)
+    value = Memory(info, gpu, buffer).tensor({"T": 3})  # type: ignore[arg-type]
+    assert value.shape == (6,) and value.dtype == torch.float8_e8m0fnu and value.data_ptr() == buffer.data_ptr()
+    with pytest.raises(LaunchError, match="y is made by a kernel, and the plan gives it no memory"):
+        Memory(info, gpu)  # type: ignore[arg-type]
+
+
+def test_a_value_is_never_written_where_the_call_may_read_it() -> None:
+    values = Values({"T": 4}, torch.device("cpu"))
+    info = SlotInfo("h", "value", ["T", 2], "float32", None, 0, 1, None)
+    first, second, third = (values.take("h", info) for _ in range(3))
+    assert first.numel() == second.numel() == 4 * 2 * 4
+    assert first.data_ptr() == third.data_ptr() != second.data_ptr()
+    assert values.take("y", info).data_ptr() not in (first.data_ptr(), second.data_ptr())

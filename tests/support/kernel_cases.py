@@ -7,13 +7,14 @@ Outputs are poisoned by the device; each case runs twice on equal inputs and mus
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from atomc.codegen.device import Device, TorchDevice
+from atomc.codegen.device import Device
 from atomc.formats import Layout, RowLayout, dequantize
 from atomc.ops import OPS
 from atomc.targets import get_target
@@ -49,12 +50,23 @@ class Case:
     slow: bool = False
 
 
-def check(case: Case, device: str, target: str) -> dict[str, float]:
+def as_on(target: str, host: Callable[..., Any]) -> Callable[..., Any]:
+    """A host function that chooses as for another target: its configurations are correct, if not quick, everywhere."""
+
+    def run(device: Device, *given: Any) -> Any:
+        other = copy(device)
+        other.target = get_target(target)
+        return host(other, *given)
+
+    return run
+
+
+def check(case: Case, device: str, where: Device) -> dict[str, float]:
     """Run a case on `cpu` (interpreter) or `cuda`. Returns the largest error of each result; raises AssertionError."""
     torch.manual_seed(hash_of(case.name))
     arguments = case.make()
     expected, written = _run(lambda _, *a: OPS[case.op].reference(*a), None, arguments, "cpu", case.op)
-    where = TorchDevice(get_target(target), case.tokens, device)
+    where.tokens = case.tokens
     found, mine = _run(case.host, where, arguments, device, case.op)
     again, mine_again = _run(case.host, where, arguments, device, case.op)
     for a, b in zip((*found, *mine.values()), (*again, *mine_again.values()), strict=True):

@@ -1,0 +1,150 @@
+"""Decode steps as graphs: captured once for each bucket of requests when an artifact is loaded, replayed from then on.
+
+Contract:
+    A graph computes a step of b requests with a token each. A batch of fewer is padded to it: padding requests read and
+    write the reserved page, block and slot, and their logits are dropped. The fields of a batch reach the device in one
+    copy, at places that depend on the bucket alone. A replay allocates nothing and launches no kernel by itself.
+
+Terms:
+    bucket    a number of requests that a graph is captured for.
+    staging   pinned memory of the host, and memory of the device, that hold the fields of one batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from itertools import takewhile
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from atomc.artifact.manifest import Serving
+from atomc.ops import Batch
+
+Shapes = Mapping[str, tuple[int, ...]]
+ALIGN: Final = 4  # of a field's place, in int32
+RESERVED: Final = 0  # page and block
+
+
+def buckets_of(most: int) -> tuple[int, ...]:
+    """Numbers of requests that graphs are captured for: close together where requests are few."""
+    known = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, most + 1, 32)]
+    return (*takewhile(lambda n: n < most, known), most)
+
+
+class Staging:
+    """Where the fields of a batch lie, on the host and on the device."""
+
+    def __init__(self, serving: Serving, bounds: Mapping[str, int], device: torch.device) -> None:
+        tables = serving.window_table_width, serving.block_table_width
+        self.tables = tables
+        most = self.shapes(bounds["T"], bounds["B"], bounds["N4"], bounds["NH"], bounds["L"])
+        size = sum(_room(shape) for shape in most.values())
+        self.host = torch.zeros(size, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self.device = torch.zeros(size, dtype=torch.int32, device=device)
+        self._array = self.host.numpy()
+        self._copied = torch.cuda.Event() if device.type == "cuda" else None
+
+    def shapes(self, tokens: int, requests: int, csa: int, hca: int, rows: int) -> Shapes:
+        """The shape of every field of a batch of these sizes."""
+        return {
+            "ids": (tokens,), "positions": (tokens,), "requests": (tokens,), "query_start": (requests + 1,),
+            "slots": (requests,), "window_table": (requests, self.tables[0]), "block_table": (requests, self.tables[1]),
+            "csa_ends": (csa,), "hca_ends": (hca,), "logit_rows": (rows,),
+        }  # fmt: skip
+
+    def decode_shapes(self, requests: int) -> Shapes:
+        """The shapes of a step with a token of each request."""
+        return self.shapes(*[requests] * 5)
+
+    def views(self, shapes: Shapes) -> dict[str, Tensor]:
+        """The fields on the device."""
+        found, at = {}, 0
+        for name, shape in shapes.items():
+            found[name] = self.device[at : at + int(np.prod(shape))].view(shape)
+            at += _room(shape)
+        return found
+
+    def arrays(self, shapes: Shapes) -> dict[str, Any]:
+        """The fields on the host, to be written; the copy before is waited for."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        found, at = {}, 0
+        for name, shape in shapes.items():
+            found[name] = self._array[at : at + int(np.prod(shape))].reshape(shape)
+            at += _room(shape)
+        return found
+
+    def send(self, shapes: Shapes) -> None:
+        """Copy the fields to the device, in one piece, on the current stream."""
+        size = sum(_room(shape) for shape in shapes.values())
+        self.device[:size].copy_(self.host[:size], non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
+
+    def put(self, batch: Batch) -> dict[str, Tensor]:
+        """A batch as it is, on the device."""
+        shapes = {name: tuple(field.shape) for name, field in batch._asdict().items()}
+        for name, array in self.arrays(shapes).items():
+            array[...] = getattr(batch, name).numpy()
+        self.send(shapes)
+        return self.views(shapes)
+
+    def put_decode(self, batch: Batch | None, bucket: int, slot: int) -> None:
+        """A batch of one token a request, padded to a bucket; None: nothing but padding. `slot`: the reserved one."""
+        shapes = self.decode_shapes(bucket)
+        arrays = self.arrays(shapes)
+        padding = {"slots": slot, "csa_ends": -1, "hca_ends": -1}
+        for name, array in arrays.items():
+            used = 0
+            if batch is not None:
+                field = getattr(batch, name).numpy()
+                used = len(field)
+                array[:used] = field
+            if name in ("requests", "query_start", "logit_rows"):
+                array[used:] = np.arange(used, len(array), dtype=np.int32)
+            else:
+                array[used:] = padding.get(name, RESERVED)
+        self.send(shapes)
+
+
+def _room(shape: tuple[int, ...]) -> int:
+    return -(-int(np.prod(shape)) // ALIGN) * ALIGN
+
+
+class DecodeGraphs:
+    """The graphs of an executor, by bucket."""
+
+    def __init__(
+        self, staging: Staging, most: int, slot: int, run: Callable[[Mapping[str, Tensor], int], Tensor]
+    ) -> None:
+        """Capture. `run(fields, requests)` runs a decode step eagerly and returns its logits."""
+        self.staging, self.slot = staging, slot
+        self.buckets = buckets_of(most)
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        for bucket in self.buckets:
+            fields = staging.views(staging.decode_shapes(bucket))
+            with torch.cuda.stream(stream):
+                staging.put_decode(None, bucket, slot)
+                run(fields, bucket)  # what is set up at a first launch must not be captured
+            stream.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=stream):
+                logits = run(fields, bucket)
+            self._graphs[bucket] = (graph, logits)
+        torch.cuda.current_stream().wait_stream(stream)
+
+    def step(self, batch: Batch) -> Tensor | None:
+        """Logits [L, V] of a step with one token of each request, valid until the next step; None for another step."""
+        requests = batch.slots.shape[0]
+        if batch.ids.shape[0] != requests or requests > self.buckets[-1]:
+            return None
+        bucket = next(b for b in self.buckets if requests <= b)
+        graph, logits = self._graphs[bucket]
+        self.staging.put_decode(batch, bucket, self.slot)
+        graph.replay()
+        return logits[: batch.logit_rows.shape[0]]
