@@ -11,12 +11,11 @@ from atomc.artifact.kernels import read_kernels
 from atomc.artifact.store import ArtifactError
 from atomc.cli.failure import OptionError
 from atomc.costs.occupancy import occupancy
-from atomc.costs.predict import Costs, Operator, Prediction, Scenario, Timing, bucket_scenario, scenarios
-from atomc.costs.tables import kernel_table, operator_table, reckoned, region_table, step_table
+from atomc.costs.predict import Costs, KernelUse, Operator, Prediction, Timing, bucket_scenario, scenarios
+from atomc.costs.tables import kernel_table, operator_table, origin, reckoned, region_table, step_table, use_table
 from atomc.targets import get_target
 
 if TYPE_CHECKING:
-    from atomc.artifact.manifest import Manifest
     from atomc.cli.inspect import Opened
 
 
@@ -24,9 +23,13 @@ def costs_of(opened: Opened) -> Costs:
     """The costs of an artifact for a GPU.
 
     Raises:
+        OptionError: the target has no kernels.
         ArtifactError: its plan launches a kernel that is not there, or one that has no wavefront.
     """
-    kernels, target = read_kernels(opened.folder), get_target(opened.manifest.target)
+    target = get_target(opened.manifest.target)
+    if not target.is_gpu:
+        raise OptionError(f"--kernels: {target.name} runs the references of the operators; it has no kernels.")
+    kernels = read_kernels(opened.folder)
     launched = {
         launch.kernel
         for region in opened.regions.values()
@@ -39,52 +42,38 @@ def costs_of(opened: Opened) -> Costs:
     return Costs(opened.program, opened.regions, kernels, target, opened.manifest.serving)
 
 
-def chosen(manifest: Manifest, tokens: int | None, requests: int | None, context: int | None) -> Scenario | None:
-    """The step that the flags of `--kernels` describe; None without one.
+def steps_of(costs: Costs, requests: int | None, context: int | None) -> list[Prediction]:
+    """Predictions of whole steps: decode of `requests` (several numbers by default), and prefill.
 
     Raises:
-        OptionError: there is no such step of this artifact, or no kernel.
+        OptionError: the artifact has no such step.
     """
-    limits = manifest.limits
-    if not get_target(manifest.target).is_gpu:
-        raise OptionError(f"--kernels: {manifest.target} runs the references of the operators; it has no kernels.")
-    if tokens is None and requests is None and context is None:
-        return None
-    count = tokens if tokens is not None else requests if requests is not None else 1
-    batch = requests if requests is not None else count if count <= limits.max_requests else 1
-    longest = context if context is not None else max(-(-count // batch), min(4096, limits.max_context))
-    for flag, value, most, name in (
-        ("--tokens", count, limits.max_batch_tokens, "--max-batch-tokens"),
-        ("--requests", batch, limits.max_requests, "--max-requests"),
-        ("--context", longest, limits.max_context, "--max-context"),
+    for flag, value, most, limit in (
+        ("--batch", requests, costs.serving.max_requests, "--max-requests"),
+        ("--context", context, costs.serving.max_context, "--max-context"),
     ):
-        if value > most:
-            raise OptionError(f"{flag} {value} exceeds the artifact's {most}; compile it with a larger {name}.")
-    if batch > count:
-        raise OptionError(f"--requests {batch} exceeds --tokens {count}: a request has a token at the least.")
-    if batch * longest < count:
-        raise OptionError(f"--tokens {count} are more than --requests {batch} of --context {longest} tokens have.")
-    return Scenario(count, batch, longest)
+        if value is not None and value > most:
+            raise OptionError(f"{flag} {value}: only up to the artifact's {limit} {most} is a time predicted.")
+    return [costs.predict(scenario) for scenario in scenarios(costs.serving, requests, context)]
 
 
-def show_kernels(opened: Opened, scenario: Scenario | None) -> None:
-    """Print the tables."""
+def show_kernels(opened: Opened, region: str | None, requests: int | None, context: int | None) -> None:
+    """Print the tables: of the artifact, or of one region's operators."""
     from atomc.cli.console import stdout, table
 
     costs, console = costs_of(opened), stdout()
-    predictions = [costs.predict(s) for s in ([scenario] if scenario else scenarios(costs.serving))]
-    names = dict.fromkeys(operator.region for operator in costs.operators)
-    operators = [operator_table(costs, name, scenario) for name in names]
+    steps = steps_of(costs, requests, context)
+    tables = [kernel_table(costs), use_table(costs, context), region_table(steps), step_table(steps)]
     console.print(f"{opened.manifest.model} for {costs.target.name}: {reckoned(costs.target)}\n")
-    for made in (kernel_table(costs), *operators, region_table(predictions), step_table(predictions)):
+    for made in tables if region is None else [operator_table(costs, region, context)]:
         console.print(table(made.title, made.head, made.rows, made.right))
         console.print()
 
 
-def kernels_json(opened: Opened, scenario: Scenario | None) -> dict[str, Any]:
+def kernels_json(opened: Opened, requests: int | None, context: int | None) -> dict[str, Any]:
     """All of it, in seconds, bytes and FLOPs."""
     costs = costs_of(opened)
-    target = costs.target
+    target, uses = costs.target, costs.kernel_uses()
     return {
         "predicted_with": {
             "memory_rate": target.memory_rate * target.sustained.memory, "vector": target.peaks.vector,
@@ -92,29 +81,33 @@ def kernels_json(opened: Opened, scenario: Scenario | None) -> dict[str, Any]:
             "launch_seconds": target.sustained.launch, "rates": target.sustained.origin,
         },
         "kernels": {
-            key: msgspec.structs.asdict(known) | {"occupancy": asdict(occupancy(known, target))}
+            key: msgspec.structs.asdict(known) | {
+                "origin": origin(known), "occupancy": asdict(occupancy(known, target)),
+                "buckets": [_use(costs, use, context) for use in uses if use.cost.kernel == key],
+            }
             for key, known in costs.kernels.items()
         },
-        "operators": [_operator(costs, operator, scenario) for operator in costs.operators],
-        "steps": [_step(costs.predict(s)) for s in ([scenario] if scenario else scenarios(costs.serving))],
+        "operators": [_operator(costs, operator, context) for operator in costs.operators],
+        "steps": [_step(prediction) for prediction in steps_of(costs, requests, context)],
     }  # fmt: skip
 
 
-def _operator(costs: Costs, operator: Operator, scenario: Scenario | None) -> dict[str, Any]:
-    at = [scenario] if scenario else [bucket_scenario(costs.serving, tokens) for tokens in operator.buckets]
+def _use(costs: Costs, use: KernelUse, context: int | None) -> dict[str, Any]:
+    scenario = bucket_scenario(costs.serving, use.tokens, context)
+    return {
+        "bucket": use.tokens, "launches_in_a_step": use.count, "sources": use.sources,
+        "bytes_formula": str(use.cost.bytes), "flops_formula": str(use.cost.count),
+        "predicted": asdict(scenario) | _timing(costs.launch(use.cost, scenario.sizes(costs.serving))),
+    }  # fmt: skip
+
+
+def _operator(costs: Costs, operator: Operator, context: int | None) -> dict[str, Any]:
+    found = [bucket_scenario(costs.serving, tokens, context) for tokens in operator.buckets]
     return {
         "region": operator.region, "step": operator.number, "op": operator.step.op, "source": operator.step.source,
-        "bytes": str(operator.work.bytes), "flops": str(operator.work.count()),
-        "predicted": [_launches(costs, operator, s) for s in at],
+        "bytes_formula": str(operator.work.bytes), "flops_formula": str(operator.work.count()),
+        "predicted": [asdict(scenario) | _timing(costs.operator(operator, scenario)) for scenario in found],
     }  # fmt: skip
-
-
-def _launches(costs: Costs, operator: Operator, scenario: Scenario) -> dict[str, Any]:
-    sizes = scenario.sizes(costs.serving)
-    launches = [
-        {"kernel": cost.kernel, **_timing(costs.launch(cost, sizes))} for cost in operator.launches(scenario.tokens)
-    ]
-    return {**asdict(scenario), **_timing(costs.operator(operator, scenario)), "each": launches}
 
 
 def _step(prediction: Prediction) -> dict[str, Any]:

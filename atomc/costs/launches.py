@@ -29,6 +29,16 @@ class LaunchCost:
     bytes: Formula
     flops: tuple[Flops, ...]
 
+    @property
+    def count(self) -> Formula:
+        """FLOPs of all parts."""
+        return sum((f.count for f in self.flops), formula(0))
+
+    @property
+    def text(self) -> str:
+        """Its work in words: two launches with the same text take the same time."""
+        return f"{self.bytes}; {', '.join(f'{f.kind} {f.wide} {f.count}' for f in self.flops)}"
+
 
 def launch_costs(region: RegionPlan, bucket: Bucket, work: Work) -> list[LaunchCost]:
     """The work of an operator over the launches of a bucket.

@@ -25,7 +25,7 @@ from atomc.costs.work import Work, work_of
 from atomc.targets import Target
 
 BOUNDS: Final = ("memory", "compute", "latency")
-DECODE, PREFILL, CONTEXTS = (1, 16, 64), (1024, 4096, 8192), (4096, 131072)
+DECODE, PREFILL, CONTEXT = (1, 16, 64, 128), (1024, 4096, 8192), 4096
 
 
 @dataclass(frozen=True)
@@ -52,19 +52,22 @@ class Scenario:
         return {"T": self.tokens, "B": self.requests, "L": self.requests, "C": self.context, **windows}
 
 
-def scenarios(serving: Serving) -> list[Scenario]:
-    """Decode and prefill at a short and a long context, as far as the artifact goes."""
-    contexts = sorted({min(c, serving.max_context) for c in CONTEXTS})
-    prefills = [n for n in PREFILL if n <= serving.max_batch_tokens] or [serving.max_batch_tokens]
-    found = [Scenario(n, n, c) for c in contexts for n in DECODE if n <= serving.max_requests]
-    found += [Scenario(n, 1, max(c, n)) for c in contexts for n in prefills if n <= serving.max_context]
-    return list(dict.fromkeys(found))
+def scenarios(serving: Serving, requests: int | None = None, context: int | None = None) -> list[Scenario]:
+    """Decode of so many requests (several numbers by default) and prefill of one, as far as the artifact goes.
+
+    Without `context` a request that decodes has 4,096 tokens, and a prefill is the whole prompt.
+    """
+    decodes = [n for n in DECODE if n <= serving.max_requests] if requests is None else [requests]
+    most = min(serving.max_batch_tokens, serving.max_context)
+    prefills = [n for n in PREFILL if n <= most] or [most]
+    found = [Scenario(n, n, context or min(CONTEXT, serving.max_context)) for n in decodes]
+    return found + [Scenario(n, 1, max(context or n, n)) for n in prefills]
 
 
-def bucket_scenario(serving: Serving, tokens: int) -> Scenario:
-    """The largest step of a bucket: decode where there may be as many requests, else as few requests as there can be."""
+def bucket_scenario(serving: Serving, tokens: int, context: int | None = None) -> Scenario:
+    """The largest step of a bucket: decode where there may be so many requests, else of as few as there can be."""
     requests = tokens if tokens <= serving.max_requests else -(-tokens // serving.max_context)
-    return Scenario(tokens, requests, max(-(-tokens // requests), min(CONTEXTS[0], serving.max_context)))
+    return Scenario(tokens, requests, max(-(-tokens // requests), context or min(CONTEXT, serving.max_context)))
 
 
 @dataclass(frozen=True)
@@ -111,15 +114,29 @@ class Operator:
 
 
 @dataclass(frozen=True)
+class KernelUse:
+    """Launches of a kernel in a bucket that do the same work.
+
+    Attributes:
+        tokens: most of the bucket. cost: of one launch. count: launches in a step of the model.
+        sources: lines of the model that they compute.
+    """
+
+    tokens: int
+    cost: LaunchCost
+    count: int
+    sources: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Prediction:
     """A step of the model in one scenario.
 
     Attributes:
-        operators: each with its time, once. regions: one use of each. uses: of a region in a step. total: of the step.
+        regions: one use of each. uses: of a region in a step. total: of the step.
     """
 
     scenario: Scenario
-    operators: list[tuple[Operator, Timing]]
     regions: dict[str, Timing]
     uses: Mapping[str, int]
     total: Timing
@@ -166,13 +183,24 @@ class Costs:
             time += self.launch(cost, sizes)
         return time
 
+    def kernel_uses(self) -> list[KernelUse]:
+        """What each kernel is launched for: by its name and key, then by bucket."""
+        uses, found = facts.uses(self.program), dict[tuple[str, int, str], KernelUse]()
+        for operator in self.operators:
+            for tokens, launches in operator.buckets.items():
+                for cost in launches:
+                    key = (cost.kernel, tokens, cost.text)
+                    known = found.get(key, KernelUse(tokens, cost, 0, ()))
+                    sources = tuple(dict.fromkeys([*known.sources, operator.step.source]))
+                    found[key] = KernelUse(tokens, known.cost, known.count + uses[operator.region], sources)
+        return [found[key] for key in sorted(found, key=lambda key: (self.kernels[key[0]].name, *key))]
+
     def predict(self, scenario: Scenario) -> Prediction:
-        """Every operator, region and the whole step in a scenario."""
+        """Every region and the whole step in a scenario."""
         uses = facts.uses(self.program)
-        found = [(operator, self.operator(operator, scenario)) for operator in self.operators]
         regions, total = dict.fromkeys(self.regions, Timing()), Timing()
-        for operator, time in found:
-            regions[operator.region] += time
+        for operator in self.operators:
+            regions[operator.region] += self.operator(operator, scenario)
         for name, time in regions.items():
             total += time * uses[name]
-        return Prediction(scenario, found, regions, uses, total)
+        return Prediction(scenario, regions, uses, total)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from atomc.artifact.kernels import KernelFacts
 from atomc.costs.occupancy import occupancy
-from atomc.costs.predict import BOUNDS, Costs, Prediction, Scenario, Timing, bucket_scenario
+from atomc.costs.predict import BOUNDS, Costs, Prediction, Timing, bucket_scenario
 from atomc.targets import Target
 
 
@@ -26,14 +27,15 @@ def reckoned(target: Target) -> str:
     known = target.sustained
     rates = ", ".join(f"{name} {target.sustained_matrix(name) / 1e12:,.0f}" for name in ("bf16", "fp8", "fp4"))
     return (
-        f"predicted, with {target.memory_rate * known.memory / 1e12:.2f} TB/s of memory, {rates} TFLOP/s of products, "
+        f"predicted by the static model, not measured: {target.memory_rate * known.memory / 1e12:.2f} TB/s of memory, "
+        f"{rates} TFLOP/s of products, "
         f"{target.peaks.vector / 1e12:.0f} of float32, {known.launch * 1e6:.0f} µs a launch at the least: rates "
         f"{'measured on this kind of device' if known.origin == 'measured' else 'assumed, nothing was measured on it'}"
     )
 
 
 def configurations(costs: Costs) -> dict[str, str]:
-    """Kernel -> its constants, those that are not the same for all kernels of that name."""
+    """Kernel -> warps, stages and constants, those that are not the same for all kernels of that name."""
     variants: defaultdict[str, list[dict[str, str]]] = defaultdict(list)
     for known in costs.kernels.values():
         variants[known.name].append(known.constants)
@@ -41,51 +43,66 @@ def configurations(costs: Costs) -> dict[str, str]:
     for key, known in costs.kernels.items():
         others = variants[known.name]
         differing = {n: v for n, v in known.constants.items() if any(o.get(n) != v for o in others)}
-        found[key] = " ".join(f"{name}={value}" for name, value in differing.items())
+        shown = [*(f"{name}={value}" for name, value in differing.items()), f"{known.warps} warps"]
+        found[key] = " ".join([*shown, f"{known.stages} stages"] if known.stages > 1 else shown)
     return found
+
+
+def origin(known: KernelFacts) -> str:
+    """Who chose a kernel's configuration."""
+    del known  # every one is chosen from shapes and the target's facts; one that is tuned will say so in its facts
+    return "static model"
 
 
 def kernel_table(costs: Costs) -> Table:
     """A row for each code object."""
-    launches = Counter(
-        launch.kernel
-        for region in costs.regions.values()
-        for step in region.steps
-        for bucket in step.buckets
-        for launch in bucket.launches
-    )
     chosen, rows = configurations(costs), []
     for key, known in sorted(costs.kernels.items(), key=lambda item: (item[1].name, item[0])):
-        matrix = ", ".join(f"{count} {name}" for name, count in known.matrix.items())
+        matrix = ", ".join(f"{count}×{name}" for name, count in known.matrix.items())
         spills = str(known.spills) + (f" + {known.scalar_spills} scalar" if known.scalar_spills else "")
         rows.append(
-            [known.name, key[:8], chosen[key], f"{known.warps} × {known.stages}", str(known.registers), spills,
-             f"{known.shared:,}", str(occupancy(known, costs.target)), matrix, str(launches[key])]
+            [known.name, key[:8], chosen[key], origin(known), str(known.registers), spills, f"{known.shared:,}",
+             str(occupancy(known, costs.target)), matrix]
         )  # fmt: skip
     return Table(
-        f"{len(rows)} kernels for {costs.target.name}; the constants in which those of one name differ",
-        ["kernel", "key", "constants", "warps × stages", "registers", "spills", "shared bytes", "occupancy",
-         "matrix instructions", "in the plan"], rows, (4, 5, 6, 9),
+        f"{len(rows)} kernels for {costs.target.name} ({costs.target.arch}). Configuration: the constants in which "
+        "kernels of one name differ. Occupancy: wavefronts of a compute unit, of the most it holds, and the limit",
+        ["kernel", "key", "configuration", "chosen by", "registers", "spills", "LDS", "occupancy",
+         "matrix instructions"], rows, (4, 5, 6),
     )  # fmt: skip
 
 
-def operator_table(costs: Costs, region: str, chosen: Scenario | None) -> Table:
-    """A row for each operator of a region: its formulas, and its times in each bucket or in one scenario."""
-    limits = costs.serving
-    most = dict.fromkeys(n for op in costs.operators if op.region == region for n in op.buckets)
-    columns = [chosen] if chosen else [bucket_scenario(limits, n) for n in most]
+def use_table(costs: Costs, context: int | None = None) -> Table:
+    """A row for each kernel and bucket: formulas of one launch, its predicted time in the bucket's largest step."""
     rows = []
-    for operator in costs.operators:
-        if operator.region == region:
-            times = [time_text(costs.operator(operator, scenario)) for scenario in columns]
-            name = operator.step.op.removesuffix(".default")
-            rows.append(
-                [str(operator.number), name, str(operator.work.bytes), str(operator.work.count()), *times,
-                 operator.step.source]
-            )  # fmt: skip
+    for use in costs.kernel_uses():
+        scenario = bucket_scenario(costs.serving, use.tokens, context)
+        time, kernel = costs.launch(use.cost, scenario.sizes(costs.serving)), use.cost.kernel
+        step = f"{scenario.name}, context {scenario.context:,}"
+        rows.append(
+            [costs.kernels[kernel].name, kernel[:8], f"{use.tokens:,}", step, str(use.cost.bytes), str(use.cost.count),
+             f"{time.seconds * 1e6:.1f}", time.bound, str(use.count)]
+        )  # fmt: skip
+    return Table(
+        "A launch in each bucket, predicted for the bucket's largest step. T: tokens, B: requests, L: rows of logits, "
+        "C: context; rows(n, r): rows of ratio r that a token reads; hit(n, k): of n experts those that tokens choose",
+        ["kernel", "key", "tokens", "predicted for", "bytes", "FLOPs", "µs", "bound", "in a step"], rows, (2, 6, 8),
+    )  # fmt: skip
+
+
+def operator_table(costs: Costs, region: str, context: int | None = None) -> Table:
+    """A row for each operator of a region: its formulas, and its predicted time in each bucket's largest step."""
+    operators = [operator for operator in costs.operators if operator.region == region]
+    buckets = dict.fromkeys(tokens for operator in operators for tokens in operator.buckets)
+    columns = [bucket_scenario(costs.serving, tokens, context) for tokens in buckets]
+    rows = [
+        [str(o.number), o.step.op.removesuffix(".default"), str(o.work.bytes), str(o.work.count()),
+         *(time_text(costs.operator(o, scenario)) for scenario in columns), o.step.source]
+        for o in operators
+    ]  # fmt: skip
     head = [f"{s.name}, context {s.context:,}" for s in columns]
     return Table(
-        f"operators of {region}: bytes and FLOPs, predicted µs, bound, launches",
+        f"Operators of {region}: bytes and FLOPs; predicted µs, bound, launches",
         ["step", "operator", "bytes", "FLOPs", *head, "source"], rows, (0,),
     )  # fmt: skip
 
@@ -103,13 +120,13 @@ def region_table(predictions: Sequence[Prediction]) -> Table:
         for p in predictions
     ]
     head = [f"{name}, {uses[name]}×" for name in predictions[0].regions]
-    return Table("predicted µs of one use of each region", ["step", "context", *head], rows, (1,))
+    return Table("Predicted µs of one use of each layer kind", ["step", "context", *head], rows, (1,))
 
 
 def step_table(predictions: Sequence[Prediction]) -> Table:
     """A row for each scenario: the whole step."""
     return Table(
-        "predicted steps of the model",
+        "Predicted steps of the model",
         ["step", "context", "ms", "bound", *(f"{b} ms" for b in BOUNDS), "GB", "TFLOP", "launches"],
         list(_steps(predictions)), (1, 2, 4, 5, 6, 7, 8, 9),
     )  # fmt: skip

@@ -7,42 +7,11 @@ from dataclasses import replace
 import msgspec
 import pytest
 
-from atomc.artifact.kernels import KernelFacts
-from atomc.artifact.manifest import Serving
-from atomc.artifact.plan import Bucket, CallPlan, Launch, ProgramPlan, RegionPlan, Slot, SlotInfo, Step
+from atomc.artifact.plan import Bucket, CallPlan, Launch, Slot
 from atomc.costs.launches import matrix_kind
-from atomc.costs.predict import Costs, Scenario, Timing, scenarios
+from atomc.costs.predict import Scenario, Timing, bucket_scenario, scenarios
 from atomc.targets import TARGETS, get_target
-
-SERVING = Serving(
-    model_name="m", vocab_size=8, bos_id=0, eos_ids=[], window=128, window_page=32, block_tokens=256, csa_ratio=4,
-    hca_ratio=128, max_context=8192, max_batch_tokens=512, max_requests=32, max_logit_rows=32, window_table_width=1,
-    block_table_width=1,
-)  # fmt: skip
-FACTS = KernelFacts(
-    name="k", target="h100", signature=[], warps=4, wavefront=32, stages=3, shared=0, registers=32, spills=0,
-    scalar_spills=0, matrix={"wgmma.mma_async.m64n64k16.f32.bf16.bf16": 4}, loads=0, wide_loads=0, constants={},
-)  # fmt: skip
-SUM = msgspec.structs.replace(FACTS, matrix={})
-N, K = 4096, 8192
-
-
-def slot(name: str, dtype: str, *shape: int | str) -> SlotInfo:
-    return SlotInfo(name, "temporary", list(shape), dtype, None, 0, 0, None)
-
-
-def costs(target: str = "h100") -> Costs:
-    """One region, used twice: a linear layer, for few tokens in two halves that a second kernel adds."""
-    slots = [
-        slot("x", "bfloat16", "T", K), slot("w", "bfloat16", N, K), slot("y", "bfloat16", "T", N),
-        slot("part", "float32", 2, "T", N),
-    ]  # fmt: skip
-    split = [Launch("gemm", [1], [Slot(0), Slot(1), Slot(3)]), Launch("sum", [1], [Slot(3), Slot(2)])]
-    buckets = [Bucket(16, split, [3]), Bucket(512, [Launch("gemm", [1], [Slot(0), Slot(1), Slot(2)])], [])]
-    step = Step("aten.linear.default", [Slot(0), Slot(1)], {}, [2], [], "m.py:1", buckets)
-    region = RegionPlan("layer", [], {}, slots, [], [step], 0)
-    program = ProgramPlan([CallPlan("layer", "a.", {}), CallPlan("layer", "b.", {})], {"T": 512}, {}, 0, 0)
-    return Costs(program, {"layer": region}, {"gemm": FACTS, "sum": SUM}, get_target(target), SERVING)
+from tests.support.costs import FACTS, SERVING, K, N, costs, slot
 
 
 def test_a_launch_is_bound_by_memory_by_compute_or_by_its_latency() -> None:
@@ -63,8 +32,7 @@ def test_a_launch_is_bound_by_memory_by_compute_or_by_its_latency() -> None:
     }
     assert prefill.total.seconds == pytest.approx(2 * prefill.regions["layer"].seconds)
     assert prefill.total.launches == 2
-    (operator, time) = prefill.operators[0]
-    assert (operator.region, operator.number, time.bound) == ("layer", 0, "compute")
+    assert prefill.regions["layer"].bound == "compute"
 
 
 def test_a_float32_operand_takes_three_products() -> None:
@@ -104,13 +72,42 @@ def test_what_a_matrix_instruction_multiplies(name: str, kind: str) -> None:
 
 def test_scenarios_go_as_far_as_the_artifact() -> None:
     found = [(s.name, s.context) for s in scenarios(SERVING)]
-    assert found == [
-        ("decode 1", 4096), ("decode 16", 4096), ("decode 1", 8192), ("decode 16", 8192),
-        ("prefill 512", 4096), ("prefill 512", 8192),
-    ]  # fmt: skip
-    large = msgspec.structs.replace(SERVING, max_context=1 << 20, max_batch_tokens=8192, max_requests=64)
-    assert {s.tokens for s in scenarios(large)} == {1, 16, 64, 1024, 4096, 8192}
-    assert {s.context for s in scenarios(large)} == {4096, 8192, 131072}
+    assert found == [("decode 1", 4096), ("decode 16", 4096), ("prefill 512", 512)]
+    chosen = [(s.name, s.context) for s in scenarios(SERVING, 7, 100)]
+    assert chosen == [("decode 7", 100), ("prefill 512", 512)]
+    large = msgspec.structs.replace(SERVING, max_context=1 << 20, max_batch_tokens=8192, max_requests=128)
+    assert [s.tokens for s in scenarios(large)] == [1, 16, 64, 128, 1024, 4096, 8192]
+    assert {s.context for s in scenarios(large, context=200_000)} == {200_000}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "context", "expected"),
+    [
+        (16, None, Scenario(16, 16, 4096)),  # as many requests as there may be
+        (512, None, Scenario(512, 1, 4096)),
+        (512, 100, Scenario(512, 1, 512)),  # the tokens of the step are part of the context
+        (16, 8000, Scenario(16, 16, 8000)),
+    ],
+)
+def test_the_largest_step_of_a_bucket(tokens: int, context: int | None, expected: Scenario) -> None:
+    assert bucket_scenario(SERVING, tokens, context) == expected
+
+
+def test_uses_of_a_kernel_are_counted_over_the_step_by_bucket_and_work() -> None:
+    known = costs()
+    found = [(known.kernels[u.cost.kernel].name, u.cost.kernel, u.tokens, u.count) for u in known.kernel_uses()]
+    assert found == [("k", "gemm", 16, 2), ("k", "gemm", 512, 2), ("k", "sum", 16, 2)]
+    halves, whole, total = known.kernel_uses()
+    assert str(halves.cost.bytes) == f"{2 * K + 2 * N * 4}*T + {2 * N * K}" and str(total.cost.count) == "0"
+    assert str(whole.cost.bytes) == f"{2 * K + 2 * N}*T + {2 * N * K}" and str(whole.cost.count) == f"{2 * N * K}*T"
+    other = msgspec.structs.replace(known.regions["layer"], slots=[*known.regions["layer"].slots])
+    other.slots[1], other.slots[2] = slot("w", "bfloat16", N // 2, K), slot("y", "bfloat16", "T", N // 2)
+    calls = [*known.program.calls, CallPlan("half", "c.", {})]
+    both = replace(
+        known, program=msgspec.structs.replace(known.program, calls=calls), regions={**known.regions, "half": other}
+    )
+    large = [(u.count, u.cost.bytes.constant, str(u.cost.count)) for u in both.kernel_uses() if u.tokens == 512]
+    assert sorted(large) == [(1, None, f"{N * K}*T"), (2, None, f"{2 * N * K}*T")]
 
 
 def test_only_the_h100_is_measured() -> None:
