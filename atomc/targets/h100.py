@@ -8,7 +8,8 @@ Residency: the same guide and the occupancy calculator (228 KiB of shared memory
 64 warps, 32 blocks, registers given to a warp by 256). float32 outside the matrix units: 66.9 TFLOP/s (white paper).
 
 Sustained, from one run on one H100 80GB HBM3: copy 3.0 TB/s, bf16 8192^3 730 to 800 TFLOP/s, FP8 1,238 TFLOP/s
-(cuBLASLt), and some 4 microseconds of ramp and tail a kernel of a captured graph.
+(cuBLASLt), and some 4 microseconds of ramp and tail a kernel of a captured graph. Another run copied at 2.42 TB/s and
+reached FP8 1,485 TFLOP/s; docs/inspect.md compares predictions at both rates with what was measured.
 """
 
 from atomc.targets.target import KIB, Link, Peaks, Residency, Sustained, Target, TritonBackend
