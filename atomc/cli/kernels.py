@@ -12,7 +12,7 @@ from atomc.artifact.store import ArtifactError
 from atomc.cli.failure import OptionError
 from atomc.costs.occupancy import occupancy
 from atomc.costs.predict import Costs, KernelUse, Operator, Prediction, Timing, bucket_scenario, scenarios
-from atomc.costs.tables import kernel_table, operator_table, origin, reckoned, region_table, step_table, use_table
+from atomc.costs.tables import kernel_table, operator_table, reckoned, region_table, step_table, use_table
 from atomc.targets import get_target
 
 if TYPE_CHECKING:
@@ -30,16 +30,10 @@ def costs_of(opened: Opened) -> Costs:
     if not target.is_gpu:
         raise OptionError(f"--kernels: {target.name} runs the references of the operators; it has no kernels.")
     kernels = read_kernels(opened.folder)
-    launched = {
-        launch.kernel
-        for region in opened.regions.values()
-        for step in region.steps
-        for bucket in step.buckets
-        for launch in bucket.launches
-    }
-    if wrong := sorted(k for k in launched if k not in kernels or kernels[k].warps < 1):
+    costs = Costs(opened.program, opened.regions, kernels, target, opened.manifest.serving)
+    if wrong := sorted(k for k in costs.origins if k not in kernels or kernels[k].warps < 1):
         raise ArtifactError(f"{opened.folder}: the plan launches kernel {wrong[0]}, which is not whole in kernels/.")
-    return Costs(opened.program, opened.regions, kernels, target, opened.manifest.serving)
+    return costs
 
 
 def steps_of(costs: Costs, requests: int | None, context: int | None) -> list[Prediction]:
@@ -82,7 +76,7 @@ def kernels_json(opened: Opened, requests: int | None, context: int | None) -> d
         },
         "kernels": {
             key: msgspec.structs.asdict(known) | {
-                "origin": origin(known), "occupancy": asdict(occupancy(known, target)),
+                "origin": costs.origins[key], "occupancy": asdict(occupancy(known, target)),
                 "buckets": [_use(costs, use, context) for use in uses if use.cost.kernel == key],
             }
             for key, known in costs.kernels.items()

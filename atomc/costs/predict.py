@@ -2,7 +2,8 @@
 
 Contract:
     A launch takes the longest of three: its bytes at the sustained rate of the memory, its FLOPs at the sustained rate
-    of the instructions that it has, and the least time of a launch. Launches follow one another; nothing overlaps.
+    of the instructions that it has, and the least time of a launch. Launches follow one another; nothing overlaps. Of a
+    bucket that a library's call may compute, the plan's own kernels are predicted.
 
 Terms:
     bound      which of the three it is: memory, compute, latency
@@ -163,6 +164,16 @@ class Costs:
                     by_bucket = {b.tokens: launch_costs(region, b, work) for b in step.buckets}
                     found.append(Operator(name, number, step, work, by_bucket))
         return found
+
+    @cached_property
+    def origins(self) -> dict[str, str]:
+        """Kernel -> who chose its configuration, for all launches of it; empty where nothing launches it."""
+        found: dict[str, set[str]] = {kernel: set() for kernel in self.kernels}
+        for region in self.regions.values():
+            for bucket in (bucket for step in region.steps for bucket in step.buckets):
+                for launch in bucket.every_launch:
+                    found.setdefault(launch.kernel, set()).add(launch.origin)
+        return {kernel: ", ".join(sorted(origins)) for kernel, origins in found.items()}
 
     def launch(self, cost: LaunchCost, sizes: dict[str, float]) -> Timing:
         """One launch by the roofline."""

@@ -6,7 +6,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from atomc.artifact.kernels import KernelFacts
 from atomc.costs.occupancy import occupancy
 from atomc.costs.predict import BOUNDS, Costs, Prediction, Timing, bucket_scenario
 from atomc.targets import Target
@@ -48,12 +47,6 @@ def configurations(costs: Costs) -> dict[str, str]:
     return found
 
 
-def origin(known: KernelFacts) -> str:
-    """Who chose a kernel's configuration."""
-    del known  # every one is chosen from shapes and the target's facts; one that is tuned will say so in its facts
-    return "static model"
-
-
 def kernel_table(costs: Costs) -> Table:
     """A row for each code object."""
     chosen, rows = configurations(costs), []
@@ -61,7 +54,7 @@ def kernel_table(costs: Costs) -> Table:
         matrix = ", ".join(f"{count}×{name}" for name, count in known.matrix.items())
         spills = str(known.spills) + (f" + {known.scalar_spills} scalar" if known.scalar_spills else "")
         rows.append(
-            [known.name, key[:8], chosen[key], origin(known), str(known.registers), spills, f"{known.shared:,}",
+            [known.name, key[:8], chosen[key], costs.origins[key], str(known.registers), spills, f"{known.shared:,}",
              str(occupancy(known, costs.target)), matrix]
         )  # fmt: skip
     return Table(

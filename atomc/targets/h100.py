@@ -42,4 +42,5 @@ TARGET = Target(
         barriers=32,
     ),
     sustained=Sustained(memory=0.89, matrix=(0.77, 0.62), launch=4.0e-6, origin="measured"),
+    dependent_launch=True,
 )

@@ -125,6 +125,8 @@ class Target:
         memory_rate: peak bandwidth of the device memory.
         link: the connection inside a node.
         residency: what a compute unit holds; None on the cpu. sustained: what predictions reckon with.
+        dependent_launch: a kernel may be launched before the one before it ends, and wait for it itself (NVIDIA from
+            sm_90: programmatic dependent launch).
     """
 
     name: str
@@ -145,6 +147,7 @@ class Target:
     link: Link
     residency: Residency | None
     sustained: Sustained
+    dependent_launch: bool = False
 
     def peak(self, operands: Format) -> float:
         """Dense FLOP/s of a product whose operands are stored as `operands`.

@@ -7,6 +7,7 @@ from dataclasses import replace
 import msgspec
 import pytest
 
+from atomc.artifact.plan import Launch, LibraryCall
 from atomc.costs.predict import Scenario
 from atomc.costs.tables import Table, kernel_table, operator_table, reckoned, region_table, step_table, use_table
 from atomc.targets import TARGETS
@@ -40,6 +41,21 @@ def test_kernels_tell_their_configuration_and_what_they_take() -> None:
     assert (row["registers"], row["spills"], row["LDS"]) == ("200", "16 + 2 scalar", "2,048")
     assert row["occupancy"] == "8/64 (registers)"
     assert row["matrix instructions"] == "4×wgmma.mma_async.m64n64k16.f32.bf16.bf16"
+
+
+def test_who_chose_a_configuration_is_read_from_the_launches() -> None:
+    known = costs()
+    step = known.regions["layer"].steps[0]
+    few, many = step.buckets
+    tuned = [msgspec.structs.replace(launch, origin="tuned on a GPU") for launch in few.launches]
+    library = LibraryCall("scaled_mm", [], [Launch("before", [1], [])])
+    buckets = [msgspec.structs.replace(few, launches=tuned), msgspec.structs.replace(many, library=library)]
+    region = msgspec.structs.replace(known.regions["layer"], steps=[msgspec.structs.replace(step, buckets=buckets)])
+    kernels = {**known.kernels, "before": FACTS, "never": FACTS}
+    table = kernel_table(replace(known, regions={"layer": region}, kernels=kernels))
+    found = {row[1]: cells(table, at)["chosen by"] for at, row in enumerate(table.rows)}
+    both = "static model, tuned on a GPU"
+    assert found == {"gemm": both, "sum": "tuned on a GPU", "before": "static model", "never": ""}
 
 
 def test_a_row_for_each_kernel_and_bucket_has_formulas_and_a_prediction() -> None:
