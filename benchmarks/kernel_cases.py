@@ -13,11 +13,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from grouped import grouped_experts
+from grouped import by_expert, grouped_experts
 from kernel_inputs import ACT, BF16, F32, I32, INDEX, MAIN, Inputs, Step
 from torch import Tensor
 
+from atomc.codegen.device import Device
 from atomc.codegen.hosts import HOSTS, host_of
+from atomc.codegen.kernels import moe
+from atomc.codegen.kernels.moe_sort import sort
 from atomc.formats import FP4_ACTIVATION, FP8_ACTIVATION, FP8_TILE, MXFP4
 from atomc.models.deepseek_v4.config import DeepseekV4Config
 from atomc.ops import OPS
@@ -52,7 +55,7 @@ class Case:
         flops: of a call. peak: see the module. bytes: None: all arguments and results, once.
         plain: what peers run, if not the reference. gemm: M, N, K of a plain FP8 product.
         graph: whether a CUDA graph can hold what peers run: references that ask the device for sizes cannot be.
-        rotate: sets of inputs; 0: as many as a cache does not hold.
+        rotate: sets of inputs; 0: as many as a cache does not hold. launch: a host function that is no operator's.
     """
 
     name: str
@@ -66,9 +69,12 @@ class Case:
     gemm: tuple[int, int, int] | None = None
     graph: bool = True
     rotate: int = 0
+    launch: Callable[..., Any] | None = None
 
     def host(self, target: Target) -> Callable[..., Any]:
         """The host function."""
+        if self.launch is not None:
+            return self.launch
         name = next(name for name in HOSTS if name.split(".")[1] == self.op)
         found = host_of(name, target)
         assert found is not None, f"{target.name} has no kernel for {self.op}"
@@ -175,6 +181,48 @@ def _plain_experts(m: int, e: int, d: int, i: int, k: int) -> Plain:
         return [at.normal(m, d), w13, at.kept("bf16 w2", lambda: weight(e, d, i)), *_choices(at, m, e, k), LIMIT]
 
     return Plain(grouped_experts, make, "bf16 grouped_mm", 6.0 * e * i * d)
+
+
+def sorts(c: DeepseekV4Config) -> Iterator[Case]:
+    """Tokens sorted by expert, as the products read them; `experts` has it in it."""
+    e, d, k = c.n_routed_experts, c.hidden_size, c.num_experts_per_tok
+
+    def host(device: Device, codes: Tensor, scales: Tensor, indices: Tensor) -> tuple[Tensor, ...]:
+        bm = moe.choose(device, k, e, fused=True, eights=False).bm
+        kind = moe.kind_of(device, MXFP4, FP8_ACTIVATION, d, bm)
+        found = sort(device, codes, scales, FP8_ACTIVATION, indices, e, bm, kind)
+        return found.order, found.plan, found.x, found.scales
+
+    def plain(x: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+        order, ends = by_expert(indices, e)
+        return x[order // k], ends
+
+    for m in (*DECODE, *PREFILL):
+
+        def make(at: Inputs, m: int = m) -> list[Any]:
+            return [*at.codes((m, d), FP8_ACTIVATION), _choices(at, m, e, k)[0]]
+
+        def plain_make(at: Inputs, m: int = m) -> list[Any]:
+            return [at.normal(m, d), _choices(at, m, e, k)[0]]
+
+        peer = Plain(plain, plain_make, "argsort and gather")
+        yield Case(f"sort {m}x{d}", "sort", m, make, plain=peer, launch=host)
+
+
+SUM = """v0 = aten.to.dtype(a1, float32)
+v1 = aten.add.Tensor(a0, v0)
+v2 = aten.to.dtype(v1, bfloat16)
+return v2,"""
+
+
+def pointwise(c: DeepseekV4Config) -> Iterator[Case]:
+    """A generated kernel: routed experts plus the shared one."""
+    d = c.hidden_size
+    for m in (*DECODE, *PREFILL):
+        plain = Plain(lambda a, b: (a + b.float()).bfloat16(),
+                      lambda at, m=m: [at.normal(m, d, dtype=F32), at.normal(m, d)], "the same sum")  # fmt: skip
+        yield Case(f"sum {m}x{d}", "pointwise", m,
+                   lambda at, m=m: [[at.normal(m, d, dtype=F32), at.normal(m, d)], [], SUM], plain=plain)  # fmt: skip
 
 
 def swiglus(c: DeepseekV4Config) -> Iterator[Case]:
@@ -367,5 +415,5 @@ def caches(c: DeepseekV4Config) -> Iterator[Case]:
 FAMILIES: dict[str, Callable[[DeepseekV4Config], Iterator[Case]]] = {
     "linear": linears, "gemm": gemms, "experts": experts, "attention": attention, "indexer": indexer,
     "compressor": compressors, "hyper_connection": hyper_connections, "norm": norms, "router": router,
-    "cache": caches, "swiglu": swiglus,
+    "cache": caches, "swiglu": swiglus, "sort": sorts, "pointwise": pointwise,
 }  # fmt: skip

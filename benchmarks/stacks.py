@@ -25,6 +25,7 @@ from typing import Any
 from machine import machine
 from stack_timing import Row
 
+import atomc
 from atomc.models.deepseek_v4.config import load_config
 
 HERE = Path(__file__).resolve()
@@ -84,7 +85,8 @@ def run(part: str, options: argparse.Namespace, limit: float) -> tuple[list[dict
         rows = Path(folder) / "rows"
         rows.touch()
         command = [sys.executable, "-u", str(HERE), *sys.argv[1:], "--part", part, "--rows", str(rows)]
-        environment = {**os.environ, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+        path = f"{Path(atomc.__file__).parents[1]}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+        environment = {**os.environ, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "PYTHONPATH": path}
         why = ""
         try:
             code = subprocess.run(command, env=environment, timeout=limit, check=False).returncode

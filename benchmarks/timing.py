@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 ROTATED = 256 << 20  # bytes of inputs that are cycled through, so that none is found in a cache
+SPARE = 8 << 30  # bytes that torch may hold unused
 Call = Callable[[], Any]
 
 
@@ -44,6 +45,21 @@ def called(call: Call, repeats: int = 7, most: float = 1.0) -> float:
     while len(times) < repeats and (not times or time.perf_counter() - start < most):
         times.append(_event_seconds(call))
     return statistics.median(times)
+
+
+def trim() -> None:
+    """Give back what torch holds and does not use, where that is much."""
+    if torch.cuda.memory_reserved() - torch.cuda.memory_allocated() > SPARE:
+        torch.cuda.empty_cache()
+
+
+def still_works() -> bool:
+    """Whether the device answers after an error: a failed capture leaves it as it was, a bad address does not."""
+    try:
+        torch.cuda.synchronize()
+    except torch.AcceleratorError:
+        return False
+    return True
 
 
 def _event_seconds(call: Call) -> float:
