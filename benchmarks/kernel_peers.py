@@ -22,6 +22,7 @@ from atomc.formats import Layout, RowLayout
 
 # References bound what they hold by a core's cache; a GPU's memory bounds it here.
 atomc.ops.attention.GATHER_ELEMENTS = 1 << 28
+CALLED = 8  # sets of inputs at most where launches bound the time
 Result = dict[str, Any]  # seconds, or the reason why there are none
 
 
@@ -40,8 +41,8 @@ def measured(name: str, make: Callable[[], float]) -> Result:
             print(f"    {name}: {taken:.0f} s", flush=True)
 
 
-def calls_of(case: Case, at: Inputs, wrap: Callable[..., Any]) -> list[Call]:
-    """Calls of the peer's function, `wrap`ped, on as many sets of inputs as no cache holds."""
+def calls_of(case: Case, at: Inputs, wrap: Callable[..., Any], most: int = 24) -> list[Call]:
+    """Calls of the peer's function, `wrap`ped, on as many sets of inputs as no cache holds, `most` at most."""
     _, function, make = case.peer
     need = case.plain.bytes if case.plain is not None else 0.0
     # A tenth of the memory stays free, for what is computed.
@@ -50,7 +51,7 @@ def calls_of(case: Case, at: Inputs, wrap: Callable[..., Any]) -> list[Call]:
         raise MemoryError(f"needs {need / 2**30:.0f} GiB, and {free / 2**30:.0f} are free")
     ready = wrap(function)
     first = make(at)
-    count = case.rotate or copies(size_of(first))
+    count = min(case.rotate or copies(size_of(first)), most)
     sets = [first, *(make(at) for _ in range(count - 1))]
     return [lambda given=given: ready(*given) for given in sets]
 
@@ -59,7 +60,7 @@ def eager(case: Case, at: Inputs) -> Result:
     """torch as it is: launches count."""
 
     def run() -> float:
-        calls = calls_of(case, at, lambda f: f)
+        calls = calls_of(case, at, lambda f: f, CALLED)
         return called(lambda: [call() for call in calls], most=0.5) / len(calls)
 
     return measured(f"torch eager, {case.peer[0]}", run)
@@ -89,7 +90,8 @@ def inductor(case: Case, at: Inputs) -> Result:
             return timed()
 
     def timed() -> float:
-        calls = calls_of(case, at, lambda f: torch.compile(f, mode=mode, dynamic=False))
+        sets = 24 if case.graph else CALLED
+        calls = calls_of(case, at, lambda f: torch.compile(f, mode=mode, dynamic=False), sets)
         return replayed(calls) if case.graph else called(lambda: [call() for call in calls], most=0.5) / len(calls)
 
     return measured(f"inductor {mode}, {case.peer[0]}", run)
@@ -116,30 +118,23 @@ def _tensorwise(m: int, n: int, k: int) -> Call:
     return lambda: torch._scaled_mm(a, b, scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True)
 
 
-_ORDER: dict[str, int] = {}  # the order of the scales that the library took
-
-
 def _blockwise(m: int, n: int, k: int) -> Call:
-    """With float32 scales; which order the library wants its scales in depends on its version: the first it takes."""
+    """With float32 scales; in which order the library wants those of b depends on its version: the first it takes."""
     rows = -(-m // 16) * 16  # it takes no fewer rows than 16
     a, b, kind = _fp8(rows, k), _fp8(n, k).t(), F.ScalingType
     scale_a = torch.rand(k // 128, rows, device="cuda").t()  # outer dim first
-    wide = -(-(k // 128) // 4) * 4
-    orders = [torch.rand(k // 128, n // 128, device="cuda"), torch.rand(n // 128, k // 128, device="cuda").t(),
-              torch.rand(n // 128, wide, device="cuda").t(), torch.rand(wide, n // 128, device="cuda"),
-              torch.rand(n // 128, k // 128, device="cuda")]  # fmt: skip
+    by_k, by_n = torch.rand(k // 128, n // 128, device="cuda"), torch.rand(n // 128, k // 128, device="cuda")
 
     def call(scale_b: Tensor) -> Tensor:
         return F.scaled_mm(a, b, scale_a, kind.BlockWise1x128, scale_b, kind.BlockWise128x128,
                            output_dtype=torch.bfloat16)  # fmt: skip
 
     said = ""
-    for at in [_ORDER["b"]] if "b" in _ORDER else range(len(orders)):
+    for scale_b in (by_n.t(), by_k, by_n, by_k.t()):
         try:
-            call(orders[at])
+            call(scale_b)
         except (RuntimeError, ValueError) as error:
             said = said or str(error)
             continue
-        _ORDER["b"] = at
-        return lambda: call(orders[at])
+        return lambda: call(scale_b)
     raise RuntimeError(said)

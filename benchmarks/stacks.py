@@ -86,7 +86,9 @@ def run(part: str, options: argparse.Namespace, limit: float) -> tuple[list[dict
         rows.touch()
         command = [sys.executable, "-u", str(HERE), *sys.argv[1:], "--part", part, "--rows", str(rows)]
         path = f"{Path(atomc.__file__).parents[1]}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-        environment = {**os.environ, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "PYTHONPATH": path}
+        environment = {**os.environ, "PYTHONPATH": path}
+        if part in ("transformers", "torch"):  # nearly all memory is weights: what is left must not be cut up
+            environment["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
         why = ""
         try:
             code = subprocess.run(command, env=environment, timeout=limit, check=False).returncode
