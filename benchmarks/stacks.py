@@ -130,6 +130,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cuda", help="cpu: to see that it runs, without `atomc`")
     parser.add_argument("--backend", default="inductor", help="of torch.compile")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/stacks_h100.json"))
+    parser.add_argument("--add", action="store_true", help="keep what the results have of other parts")
     parser.add_argument("--part", choices=(*PARTS, "device"), help=argparse.SUPPRESS)
     parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
     return parser
@@ -140,11 +141,12 @@ def main() -> int:
     options = arguments().parse_args()
     if options.part is not None:
         return child(options)
-    start, rows, ends = time.perf_counter(), [], {}
+    start = time.perf_counter()
     (device,), _ = run("device", options, options.seconds)
     config = load_config(options.artifact)
     facts = {"command": " ".join(sys.argv), **device, "artifact": options.artifact.stem,
              "layers": list(config.compress_ratios[: config.num_hidden_layers])}  # fmt: skip
+    rows, ends = kept(options, facts) if options.add else ([], {})
     for part in options.parts:
         left = options.seconds - (time.perf_counter() - start)
         print(f"-- {part}, {left:.0f} s left", flush=True)
@@ -153,7 +155,7 @@ def main() -> int:
             continue
         began = time.perf_counter()
         found, why = run(part, options, left)
-        rows += [compared(row, device.get("ceilings")) for row in found]
+        rows += [{"part": part, **compared(row, device.get("ceilings"))} for row in found]
         ends[part] = why or f"done in {time.perf_counter() - began:.0f} s"
         print(f"-- {part}: {len(found)} rows, {ends[part]}", flush=True)
         options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -161,6 +163,18 @@ def main() -> int:
     for line in table(rows):
         print(line)
     return 0
+
+
+def kept(options: argparse.Namespace, facts: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Rows and ends of the parts that the results have and this run does not measure: of the same device and layers."""
+    if not options.out.exists():
+        return [], {}
+    before = json.loads(options.out.read_text())
+    for name in ("device", "torch", "artifact", "layers"):
+        if before[name] != facts[name]:
+            raise SystemExit(f"--add: {options.out} is of {name} {before[name]}, not {facts[name]}.")
+    rows = [row for row in before["rows"] if row["part"] not in options.parts]
+    return rows, {part: end for part, end in before["parts"].items() if part not in options.parts}
 
 
 def compared(known: dict[str, Any], best: dict[str, Any] | None) -> dict[str, Any]:

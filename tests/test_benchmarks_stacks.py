@@ -90,9 +90,15 @@ def test_rows_of_a_part_that_fails_are_kept(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(sys, "argv", ["stacks.py", str(config), "--parts", "transformers", "--out", str(out)])
     assert stacks.main() == 0
     written = json.loads(out.read_text())
-    assert written["rows"] == [row]
+    assert written["rows"] == [{"part": "transformers", **row}]
     assert written["parts"] == {"transformers": "ended with 1"}
     assert written["layers"] == [0, 4, 128, 4]
+    monkeypatch.setattr(sys, "argv", ["stacks.py", str(config), "--parts", "torch", "--add", "--out", str(out)])
+    assert stacks.main() == 0
+    assert [found["part"] for found in json.loads(out.read_text())["rows"]] == ["transformers", "torch"]
+    out.write_text(json.dumps({**written, "device": "another"}))
+    with pytest.raises(SystemExit, match="is of device another"):
+        stacks.main()
 
 
 def test_a_part_runs_in_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
