@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,14 @@ from atomc.artifact.kernels import KernelFacts, read_kernels, write_kernel
 from atomc.codegen.aot import build_all, default_store, key
 from atomc.codegen.device import Recorder, Variant, type_of
 from atomc.codegen.source import source_of
+from atomc.ops.library import CALLS, missing
 from atomc.runtime.launcher import Kernel, load_kernel
 from atomc.targets import Target
 
 
 def sources() -> str:
-    """The hash of the kernels' sources."""
-    files = sorted(Path(atomc.codegen.__path__[0]).rglob("*.py"))
+    """The hash of the kernels' sources and tuned tables."""
+    files = sorted(f for f in Path(atomc.codegen.__path__[0]).rglob("*") if f.suffix in (".py", ".json"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
@@ -67,21 +69,41 @@ def build(folder: Path, variants: Iterable[Variant], target: Target, jobs: int |
     return len(wanted)
 
 
+@cache
+def absent(name: str) -> str:
+    """Why the GPU has no such call of a library; empty: it has."""
+    return missing(name, torch.device("cuda"))
+
+
 class BuiltDevice:
-    """Launches the binaries of a folder; `tokens` is set for each case."""
+    """Launches the binaries of a folder, and makes the calls of libraries that a plan would.
+
+    Attributes:
+        tokens: of the bucket, set for each case. made: names of the library's calls that were made.
+    """
 
     def __init__(self, folder: Path, target: Target) -> None:
         self.target, self.tokens = target, 0
         self._folder, self._facts = folder, read_kernels(folder)
         self._loaded: dict[Variant, Kernel] = {}
+        self.made: set[str] = set()
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Memory as it is: to poison it would be timed too."""
         return torch.empty(tuple(shape), dtype=dtype, device="cuda")
 
+    def library(self, name: str, arguments: Callable[[], Sequence[Tensor]]) -> bool:
+        """Make the call where the device has it and it takes so many rows, as the runtime does."""
+        given = () if absent(name) else arguments()
+        if not given or not CALLS[name].fits(given[0]):
+            return False
+        self.made.add(name)
+        CALLS[name].run(*given)
+        return True
+
     def launch(
         self, kernel: Any, grid: tuple[int, ...], args: Mapping[str, Any], constants: Mapping[str, Any],
-        warps: int = 4, stages: int = 3,
+        warps: int = 4, stages: int = 3, origin: str = "",
     ) -> None:  # fmt: skip
         """Launch the binary of a variant."""
         signature = tuple((name, type_of(value)) for name, value in args.items())

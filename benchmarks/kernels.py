@@ -51,6 +51,7 @@ class Row:
     flop_per_s: float = math.nan
     share: float = math.nan  # of the higher bound of the two: bytes over the copy rate, or FLOPs over the peak
     bound: str = ""
+    library: list[str] = field(default_factory=list)  # calls of libraries in place of kernels
     reason: str = ""
     peers: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -70,10 +71,11 @@ class Row:
         head = f"{self.family:16} {self.model:5} {self.name:46}"
         if self.reason:
             return f"{head} {self.reason}"
+        by = f" by {', '.join(self.library)}" if self.library else ""
         peers = "".join(f"  {name} x{p['seconds'] / self.seconds:.2f}" for name, p in self.peers.items()
                         if "seconds" in p)  # fmt: skip
         return (f"{head} {self.seconds * 1e6:9.1f} us {self.bytes_per_s / 1e12:6.2f} TB/s {self.flop_per_s / 1e12:6.0f}"
-                f" TFLOP/s {self.share:5.0%} of {self.bound}{peers}")  # fmt: skip
+                f" TFLOP/s {self.share:5.0%} of {self.bound}{by}{peers}")  # fmt: skip
 
 
 @dataclass
@@ -134,10 +136,12 @@ class Bench:
 
         def measure(row: Row, case: Case, at: Inputs) -> None:
             device.tokens, host = case.tokens, case.host(self.target)
+            device.made.clear()
             try:
                 first = case.make(at)
                 sets = [first, *(case.make(at) for _ in range((case.rotate or copies(row.bytes)) - 1))]
                 row.judge(replayed([lambda given=given: host(device, *given) for given in sets]), self.best)
+                row.library = sorted(device.made)
             except Exception as error:  # the others are worth measuring all the same
                 if not still_works():
                     raise

@@ -5,12 +5,14 @@
 The artifact is compiled anywhere (`atomc compile MODEL --target h100 --no-weights`); random weights in its layouts are
 made on the device. A decode step is timed as it is served: fields of the batch copied, graph replayed, logits left on
 the device; a prefill chunk as launches. Medians; the roofline is the longer of the bytes that a step must touch over
-the copy rate of the same run, and the operations over the matrix rates of their formats.
+the copy rate of the same run, and the operations over the matrix rates of their formats. `--compare` times decode steps
+alone, with and without side streams and dependent launches, and holds the bits of their logits against one another.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
 import time
@@ -20,7 +22,7 @@ from pathlib import Path
 
 import torch
 from stack_roofline import operations
-from stack_timing import Row, attempt
+from stack_timing import Row, attempt, stepped
 from timing import ceilings, told
 from torch import Tensor
 
@@ -137,17 +139,21 @@ def state_bytes(artifact: LoadedArtifact, config: DeepseekV4Config, requests: in
     return total
 
 
+def pools_of(artifact: LoadedArtifact, requests: list[int]) -> PoolSizes:
+    """For the most of these requests, each with all that it may have."""
+    serving, most = artifact.manifest.serving, max([*requests, 1])
+    return PoolSizes(most * serving.window_table_width + 1, most * serving.block_table_width + 1, most)
+
+
 def rows(options: argparse.Namespace, profile: Path | None = None) -> Iterator[Row]:
     """Measure decode steps and prefill chunks of `options.artifact`, with what each must touch and compute."""
     artifact = random_artifact(options.artifact)
     serving, config = artifact.manifest.serving, load_config(options.artifact)
-    most = max([*options.requests, 1])
-    pools = PoolSizes(most * serving.window_table_width + 1, most * serving.block_table_width + 1, most)
     start = time.perf_counter()
-    executor = Executor(artifact, pools)
+    executor = Executor(artifact, pools_of(artifact, options.requests))
     torch.cuda.synchronize()
     print(f"bound, rehearsed and captured in {time.perf_counter() - start:.2f} s", flush=True)
-    steps = Steps(executor, most)
+    steps = Steps(executor, max([*options.requests, 1]))
     for requests in options.requests:
         batch = steps.batch(requests, options.context - 1, 1)
         row = Row("atomc", "decode", requests=requests, context=options.context)
@@ -172,8 +178,11 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, nargs="*", default=[1024, 4096, 8192])
     parser.add_argument("--repeat", type=int, default=20)
     parser.add_argument("--profile", type=Path, help="folder for tables of kernels by time")
+    parser.add_argument("--compare", action="store_true", help="decode with and without overlap of launches")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    if options.compare:
+        return compare(options)
     best, found = ceilings(), []
     print(told(best), flush=True)
     for row in rows(options, options.profile):
@@ -187,6 +196,57 @@ def main() -> int:
                  "rows": found}  # fmt: skip
         options.out.write_text(json.dumps(facts, indent=1) + "\n")
     return 0
+
+
+WAYS = {
+    "one after the other": {"side_streams": False, "dependent_launches": False},
+    "side streams": {"side_streams": True, "dependent_launches": False},
+    "dependent launches": {"side_streams": False, "dependent_launches": True},
+    "both": {"side_streams": True, "dependent_launches": True},
+}
+
+
+def compare(options: argparse.Namespace) -> int:
+    """Decode steps in each of `WAYS`. Returns 1 if their logits differ in a bit."""
+    artifact = random_artifact(options.artifact)
+    pools = pools_of(artifact, options.requests)
+    expected: dict[int, Tensor] = {}
+    different = 0
+    for way, flags in WAYS.items():
+        start = time.perf_counter()
+        executor = Executor(artifact, pools, **flags)
+        torch.cuda.synchronize()
+        print(f"{way}: bound, rehearsed and captured in {time.perf_counter() - start:.2f} s")
+        torch.manual_seed(0)
+        steps = Steps(executor, max([*options.requests, 1]))
+        for requests in options.requests:
+            bits = decoded(executor, steps, requests)
+            same = int((bits == expected.setdefault(requests, bits)).sum())
+            different += bits.numel() - same
+            batch = steps.batch(requests, options.context - 1, 1)
+            row = {"way": way, "requests": requests, "context": options.context}
+            row |= stepped(partial(executor.step, batch), options.repeat)
+            print(row | {"same_logits": f"{same} of {bits.numel()}"}, flush=True)
+        del executor
+        gc.collect()
+        torch.cuda.empty_cache()
+    print("all logits agree to the bit" if not different else f"{different} rows of logits DIFFER")
+    return int(different > 0)
+
+
+def decoded(executor: Executor, steps: Steps, requests: int, count: int = 32) -> Tensor:
+    """The bits of each request's logits [count, requests], summed, of decode steps after a prefill."""
+    length = min(512, executor.serving.max_batch_tokens // requests)
+    executor.step(steps.batch(requests, 0, length))
+    found = []
+    for at in range(count):
+        logits = executor.step(steps.batch(requests, length + at, 1))
+        if not logits.isfinite().all():
+            raise SystemExit(
+                f"logits of {requests} requests are not finite at token {length + at}: they compare nothing"
+            )
+        found.append(logits.view(torch.int32).sum(1))
+    return torch.stack(found)
 
 
 def profiles(executor: Executor, steps: Steps, options: argparse.Namespace) -> None:
