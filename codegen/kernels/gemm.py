@@ -198,10 +198,10 @@ def choose(device: Device, n: int, k: int, itemsize: int, groups: int = 1) -> Ti
         first = tokens < 64 or itemsize == 4
         return Tiles(first, tokens, rows, depth, splits, 4 if rows == 64 else 8, tuned.stages[0])
     tiles = groups * cdiv(device.tokens, 128) * cdiv(n, 128)
-    rows = 256 if itemsize < 4 and tiles >= 2 * units and n % 256 == 0 else 128
+    rows = 256 if itemsize < 4 and tiles >= 2 * units and n % 256 == 0 else 128 if n > 64 else 64
     tokens = 128 if 10 * tiles >= 9 * units and itemsize < 4 else 64
     splits = splits_of(groups * cdiv(device.tokens, tokens) * cdiv(n, rows), steps, units, 8)
-    return Tiles(itemsize == 4, tokens, rows, depth, splits, 8, tuned.stages[1])
+    return Tiles(itemsize == 4, tokens, rows, depth, splits, 4 if rows == 64 else 8, tuned.stages[1])
 
 
 def launch_with_splits(

@@ -92,6 +92,8 @@ CASES = [
         for dtype in (BF16, FP32)
         for within in (True, False)
     ),
+    *(case(f"linear prefill narrow {m} {title((d, d))}", (m, 128), 4, (d, d), "linear", tokens=tokens)
+      for m, tokens in ((70, 0), (130, 1 << 17)) for d in (BF16, FP32)),
     batched("split", (2, 3, 64, 2048), BF16),
     batched("prefill", (2, 130, 256, 128), BF16, tokens=1 << 17),
     *(batched(f"real {m}", (8, m, 1024, 4096), dtype, slow=True) for m in (1, 16, 64, 2100) for dtype in (BF16, FP32)),
@@ -143,4 +145,5 @@ PRODUCTS = [
     ("flash wo_a fp32", grouped(8, FP32)),
     ("flash wqkv_a fp32", product(1536, 4096, (FP32, FP32), "linear")),
 ]
+PRODUCTS += [(f"few heads {title(d)}", product(4, 256, d)) for d in (PAIRS[0], PAIRS[2])]
 AOT = [(f"{name} {tokens}", run) for name, run in PRODUCTS for tokens in (1, 16, 64, 8192)]
