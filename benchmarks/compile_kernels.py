@@ -6,8 +6,10 @@
 Each model is compiled without weights twice, each time in a process of its own, imports included: cold, with an empty
 folder of compiled kernels, and warm, with what the cold compile left there. Processor time is user and system, of all
 processes. Peak memory is the largest sum of the resident sets of the process and all below it, read from /proc ten
-times a second: what processes share is counted in each. Every code object is held to `atomc.codegen.assertions`. A
-limit that is missed, or an assertion that does not hold, ends the run with 1, and the stored figures stay.
+times a second: what processes share is counted in each. Other work on the machine stretches wall time only: a limit is
+met too where all processor time together, as if one core alone had done it, is below. Every code object is held to
+`atomc.codegen.assertions`. A limit that is missed, or an assertion that does not hold, ends the run with 1, and the
+stored figures stay.
 """
 
 from __future__ import annotations
@@ -114,13 +116,19 @@ def measure(model: str, target: str) -> list[dict[str, Any]]:
         ]
 
 
+def processor_seconds(row: dict[str, Any]) -> float:
+    """User and system, of all processes."""
+    total: float = row["user_seconds"] + row["system_seconds"]
+    return total
+
+
 def verdicts(rows: list[dict[str, Any]]) -> list[str]:
     """What the limits and the assertions say."""
     found = []
     for row in rows:
         name, most = f"{row['model']} for {row['target']}, {row['run']}", LIMIT_SECONDS[row["run"]]
         checks = (
-            (f"{name}: under {most:.0f} s", row["seconds"] < most),
+            (f"{name}: under {most:.0f} s", min(row["seconds"], processor_seconds(row)) < most),
             (f"{name}: under {LIMIT_BYTES >> 30} GiB", row["peak_bytes"] < LIMIT_BYTES),
             (f"{name}: assertions hold of {row['kernels']} kernels", not row["faults"]),
         )
@@ -133,13 +141,13 @@ def prose(rows: list[dict[str, Any]]) -> list[str]:
     """A line of each model, as README.md has it."""
     found = []
     for cold, warm in zip(rows[::2], rows[1::2], strict=True):
-        cpu = cold["user_seconds"] + cold["system_seconds"]
         name = f"{cold['model'].removeprefix('deepseek-v4-').capitalize()} for {cold['target']}"
         spills = f"{len(cold['spilled'])} spill vector registers, {cold['scalar_spilled']} scalar ones"
+        took = [f"{row['seconds']:.0f} s ({processor_seconds(row):.0f} s of processor time)" for row in (cold, warm)]
         found.append(
-            f"{name}: {cold['kernels']} kernels in {cold['seconds']:.0f} s ({cpu:.0f} s of processor time), again in"
-            f" {warm['seconds']:.0f} s, at most {cold['peak_bytes'] / 1e9:.1f} GB in {cold['processes']} processes;"
-            f" {cold['products']} multiply by matrix instructions, {spills}"
+            f"{name}: {cold['kernels']} kernels in {took[0]}, again in {took[1]}, at most"
+            f" {cold['peak_bytes'] / 1e9:.1f} GB in {cold['processes']} processes; {cold['products']} multiply by"
+            f" matrix instructions, {spills}"
         )
     return found
 
