@@ -389,8 +389,8 @@ def lower(compiled: Compiled, serving: Serving, target: Target) -> tuple[RegionP
 
 
 def buckets_of(most: int) -> tuple[int, ...]:
-    """Upper bounds of tokens for which kernels are configured: decode, a few requests, many, prefill."""
-    return (*(n for n in (16, 64) if n < most), most)
+    """Upper bounds of tokens for which kernels are configured: decode of a few requests, of many, prefill."""
+    return (*(n for n in (16, 64, 256, 1024) if n < most), most)
 
 
 def build_kernels(variants: dict[str, Variant], target: Target, progress: Progress) -> dict[str, Binary]:

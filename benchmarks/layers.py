@@ -5,12 +5,14 @@
 The artifact is compiled anywhere (`atomc compile MODEL --target h100 --no-weights`); random weights in its layouts are
 made on the device. A decode step is timed as it is served: fields of the batch copied, graph replayed, logits left on
 the device; a prefill chunk as launches. Medians; the roofline is the bytes that a step must touch over the copy rate of
-the same run, or the operations over the matrix rate.
+the same run, or the operations over the matrix rate. `--compare` times decode steps alone, with and without side
+streams and dependent launches, and holds the bits of their logits against one another.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import sys
@@ -162,6 +164,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, nargs="*", default=[1024, 4096, 8192])
     parser.add_argument("--repeat", type=int, default=20)
     parser.add_argument("--profile", type=Path, help="folder for tables of kernels by time")
+    parser.add_argument("--compare", action="store_true", help="decode with and without overlap of launches")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     best = ceilings()
@@ -172,6 +175,8 @@ def main() -> int:
     config = json.loads((options.artifact / "config.json").read_text())
     most = max([*options.requests, 1])
     pools = PoolSizes(most * serving.window_table_width + 1, most * serving.block_table_width + 1, most)
+    if options.compare:
+        return compare(artifact, pools, options)
     start = time.perf_counter()
     executor = Executor(artifact, pools)
     torch.cuda.synchronize()
@@ -199,6 +204,55 @@ def main() -> int:
                  "artifact": artifact.manifest.model, "layers": config["compress_ratios"], "rows": rows}  # fmt: skip
         options.out.write_text(json.dumps(facts, indent=1) + "\n")
     return 0
+
+
+WAYS = {
+    "one after the other": {"side_streams": False, "dependent_launches": False},
+    "side streams": {"side_streams": True, "dependent_launches": False},
+    "dependent launches": {"side_streams": False, "dependent_launches": True},
+    "both": {"side_streams": True, "dependent_launches": True},
+}
+
+
+def compare(artifact: LoadedArtifact, pools: PoolSizes, options: argparse.Namespace) -> int:
+    """Decode steps in each of `WAYS`. Returns 1 if their logits differ in a bit."""
+    expected: dict[int, Tensor] = {}
+    different = 0
+    for way, flags in WAYS.items():
+        start = time.perf_counter()
+        executor = Executor(artifact, pools, **flags)
+        torch.cuda.synchronize()
+        print(f"{way}: bound, rehearsed and captured in {time.perf_counter() - start:.2f} s")
+        torch.manual_seed(0)
+        steps = Steps(executor, max([*options.requests, 1]))
+        for requests in options.requests:
+            bits = decoded(executor, steps, requests)
+            same = int((bits == expected.setdefault(requests, bits)).sum())
+            different += bits.numel() - same
+            batch = steps.batch(requests, options.context - 1, 1)
+            row = {"way": way, "requests": requests, "context": options.context}
+            row |= timed(lambda batch=batch, executor=executor: executor.step(batch), options.repeat)
+            print(row | {"same_logits": f"{same} of {bits.numel()}"}, flush=True)
+        del executor
+        gc.collect()
+        torch.cuda.empty_cache()
+    print("all logits agree to the bit" if not different else f"{different} rows of logits DIFFER")
+    return int(different > 0)
+
+
+def decoded(executor: Executor, steps: Steps, requests: int, count: int = 32) -> Tensor:
+    """The bits of each request's logits [count, requests], summed, of decode steps after a prefill."""
+    length = min(512, executor.serving.max_batch_tokens // requests)
+    executor.step(steps.batch(requests, 0, length))
+    found = []
+    for at in range(count):
+        logits = executor.step(steps.batch(requests, length + at, 1))
+        if not logits.isfinite().all():
+            raise SystemExit(
+                f"logits of {requests} requests are not finite at token {length + at}: they compare nothing"
+            )
+        found.append(logits.view(torch.int32).sum(1))
+    return torch.stack(found)
 
 
 def profiles(executor: Executor, steps: Steps, options: argparse.Namespace) -> None:

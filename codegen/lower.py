@@ -33,6 +33,7 @@ from atomc.artifact.plan import (
     Bucket,
     DType,
     Launch,
+    LibraryCall,
     RegionInput,
     RegionPlan,
     Role,
@@ -43,7 +44,7 @@ from atomc.artifact.plan import (
 )  # fmt: skip
 from atomc.codegen.device import Variant
 from atomc.codegen.hosts import Host, host_of
-from atomc.codegen.launches import argument, differs, kernel_key, place, record
+from atomc.codegen.launches import Call, Place, SizeOf, argument, differs, kernel_key, place, record
 from atomc.codegen.liveness import Value, finish
 from atomc.errors import AtomcError
 from atomc.targets import Target
@@ -168,17 +169,26 @@ class Lowering:
                 slots[place(value)] = self._scratch(f"{node.name}_scratch", value, node, most)
                 scratch.append(slots[place(value)])
         size_of = partial(self._size, node=node)
-        launches = []
-        for variant, grid, arguments in made.launches:
-            name = kernel_key(variant, self.target)
-            self.variants[name] = variant
-            sizes = [s.expr if isinstance(s, Size) else s for s in map(size_of, grid)]
-            launches.append(Launch(name, sizes, [argument(a, slots, size_of) for a in arguments]))
+        launches = self._launches(made.launches, slots, size_of)
+        library = None
+        if (offer := made.library) is not None:
+            given = [argument(a, slots, size_of) for a in offer.arguments]
+            library = LibraryCall(offer.name, given, self._launches(offer.launches, slots, size_of))
+        bucket = Bucket(tokens, launches, scratch, library)
         # Not of size 1: a dim of it that is known would be one that is broadcast.
         for symbols in ({name: max(size, 2) for name, size in most.items()}, dict.fromkeys(most, 2)):
-            if found := differs(launches, host, values, kwargs, self.target, tokens, size_of, symbols):
+            if found := differs(bucket, host, values, kwargs, self.target, size_of, symbols):
                 raise self._error(node, f"its launches do not follow the sizes: {found}")
-        return Bucket(tokens, launches, scratch)
+        return bucket
+
+    def _launches(self, calls: Sequence[Call], slots: Mapping[Place, int], size_of: SizeOf) -> list[Launch]:
+        launches = []
+        for variant, grid, arguments, origin in calls:
+            name = kernel_key(variant, self.target)
+            self.variants[name] = variant
+            sizes: list[Any] = [s.expr if isinstance(s, Size) else s for s in map(size_of, grid)]
+            launches.append(Launch(name, sizes, [argument(a, slots, size_of) for a in arguments], origin))
+        return launches
 
     def _scratch(self, name: str, value: Tensor, node: Node, bounds: Mapping[str, int]) -> int:
         """A slot for memory that a step needs while it runs."""

@@ -22,6 +22,7 @@ class KernelFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             SGPRs.
         matrix: matrix instruction -> how often it is written. loads, wide_loads: global loads, those of 16 bytes.
         constants: the compile-time parameters, as text.
+        dependent: it waits itself for the launch before it on its stream, and may so be launched before that one ends.
     """
 
     name: str
@@ -37,6 +38,7 @@ class KernelFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     loads: int
     wide_loads: int
     constants: dict[str, str]
+    dependent: bool = False
 
 
 def write_kernel(folder: Path, key: str, data: bytes, facts: KernelFacts, source: str = "") -> None:

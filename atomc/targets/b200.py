@@ -25,4 +25,5 @@ TARGET = Target(
     memory_bytes=180_000_000_000,
     memory_rate=8.0e12,
     link=Link(topology="switch", rate=900.0e9, devices=8),
+    dependent_launch=True,
 )

@@ -25,4 +25,5 @@ TARGET = Target(
     memory_bytes=80_000_000_000,
     memory_rate=3.35e12,
     link=Link(topology="switch", rate=450.0e9, devices=8),
+    dependent_launch=True,
 )

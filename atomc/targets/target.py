@@ -82,6 +82,8 @@ class Target:
         memory_bytes: capacity of the device memory as listed; what a process may take is a few percent less.
         memory_rate: peak bandwidth of the device memory.
         link: the connection inside a node.
+        dependent_launch: a kernel may be launched before the one before it ends, and wait for it itself (NVIDIA from
+            sm_90: programmatic dependent launch).
     """
 
     name: str
@@ -100,6 +102,7 @@ class Target:
     memory_bytes: int
     memory_rate: float
     link: Link
+    dependent_launch: bool = False
 
     def peak(self, operands: Format) -> float:
         """Dense FLOP/s of a product whose operands are stored as `operands`.

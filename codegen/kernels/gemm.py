@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from atomc.codegen.device import Device, cdiv, power_of_two
+from atomc.codegen.tuning import STATIC, tuned
 
 BAND = tl.constexpr(8)  # token tiles that take turns at a tile of the weight, so that both stay in L2
 
@@ -31,6 +32,7 @@ class Tiles:
 
     Attributes:
         first: weight first. tokens, rows, depth: of a tile: of x, of the weight, along K. splits: of K.
+        origin: who chose it (`codegen.tuning`).
     """
 
     first: bool
@@ -40,6 +42,7 @@ class Tiles:
     splits: int
     warps: int
     stages: int
+    origin: str = STATIC
 
     @property
     def constants(self) -> dict[str, int | bool]:
@@ -74,10 +77,10 @@ def load_rows(at, k, step, K: tl.constexpr, BK: tl.constexpr):
 
 
 @triton.jit
-def rows_of(first, N: tl.constexpr, START: tl.constexpr, B: tl.constexpr):
-    """Rows START .. START + B - 1 of a weight's tile that begins at `first`; past the end the last one again."""
-    rows = START + tl.arange(0, B)
-    return rows if N % (START + B) == 0 else tl.minimum(rows, N - 1 - first)
+def rows_of(first, N: tl.constexpr, B: tl.constexpr):
+    """The B rows of a weight's tile that begins at `first`; past the end the last one again."""
+    rows = tl.arange(0, B)
+    return rows if N % B == 0 else tl.minimum(rows, N - 1 - first)
 
 
 @triton.jit
@@ -134,7 +137,7 @@ def gemm(
     inside = m0 + m < M
     row: tl.constexpr = GROUPS * K if WITHIN else K
     x_at = x + m0.to(tl.int64) * row + group.to(tl.int64) * (K if WITHIN else M * K) + (m[:, None] * row + k[None, :])
-    w_at = w + (group * N + n0).to(tl.int64) * K + (rows_of(n0, N, 0, BN)[:, None] * K + k[None, :])
+    w_at = w + (group * N + n0).to(tl.int64) * K + (rows_of(n0, N, BN)[:, None] * K + k[None, :])
     acc = tl.zeros((BN, BM) if FIRST else (BM, BN), tl.float32)
     for step in range(split * share, min(steps, (split + 1) * share)):
         a, b = load_tokens(x_at, inside, k, step, K, BK), load_rows(w_at, k, step, K, BK)
@@ -154,8 +157,8 @@ def gemm(
 
 
 @dataclass(frozen=True)
-class Tuned:
-    """What is chosen for a target.
+class Model:
+    """What the static model knows of a target.
 
     Attributes:
         programs: for each compute unit, that a split of K aims at: up to 32 tokens, and from there to 64.
@@ -167,13 +170,12 @@ class Tuned:
     row: int
 
 
-# Not measured yet: from bytes in flight and shared memory.
-TUNED: Final = {
-    "h100": Tuned((2, 1), (4, 3), 128),
-    "h200": Tuned((2, 1), (4, 3), 128),
-    "b200": Tuned((2, 1), (4, 3), 128),
-    "mi355x": Tuned((2, 1), (3, 2), 256),
-    "mi300x": Tuned((2, 1), (2, 2), 256),
+MODEL: Final = {
+    "h100": Model((2, 1), (4, 3), 128),
+    "h200": Model((2, 1), (4, 3), 128),
+    "b200": Model((2, 1), (4, 3), 128),
+    "mi355x": Model((2, 1), (3, 2), 256),
+    "mi300x": Model((2, 1), (2, 2), 256),
 }
 ANY: Final = {"nvidia": "h100", "amd": "mi300x"}
 
@@ -184,43 +186,51 @@ def splits_of(programs: int, steps: int, wanted: int, most: int) -> int:
     return cdiv(steps, cdiv(steps, parts))
 
 
-def choose(device: Device, n: int, k: int, itemsize: int, groups: int = 1) -> Tiles:
+def choose(device: Device, kernel: str, n: int, k: int, itemsize: int, groups: int = 1) -> Tiles:
     """The configuration for `groups` weights [n, k] with elements of `itemsize` bytes, and `device.tokens` tokens."""
+    problem: dict[str, int | str] = {"n": n, "k": k, "itemsize": itemsize, "groups": groups}
+    if (found := tuned(device.target, kernel, device.tokens, problem)) is not None:
+        return Tiles(**found[0], origin=found[1])  # type: ignore[arg-type]
+    return static(device, n, k, itemsize, groups)
+
+
+def static(device: Device, n: int, k: int, itemsize: int, groups: int) -> Tiles:
+    """As `choose`, by the static model: bytes in flight, programs for each compute unit, shared memory."""
     units, few = device.target.compute_units, device.tokens <= 64
-    tuned = TUNED.get(device.target.name) or TUNED[ANY[device.target.vendor]]
-    depth = max(32, min(power_of_two(k), (tuned.row if few and itemsize == 2 else 128) // itemsize))
+    known = MODEL.get(device.target.name) or MODEL[ANY[device.target.vendor]]
+    depth = max(32, min(power_of_two(k), (known.row if few and itemsize == 2 else 128) // itemsize))
     steps = cdiv(k, depth)
     if few:
         tokens = max(16, power_of_two(device.tokens))
         rows = 128 if tokens == 64 and groups * n // 128 >= units else 64
-        wanted = tuned.programs[tokens == 64] * units
+        wanted = known.programs[tokens == 64] * units
         splits = splits_of(groups * cdiv(n, rows), steps, wanted, 32)
         first = tokens < 64 or itemsize == 4
-        return Tiles(first, tokens, rows, depth, splits, 4 if rows == 64 else 8, tuned.stages[0])
+        return Tiles(first, tokens, rows, depth, splits, 4 if rows == 64 else 8, known.stages[0])
     tiles = groups * cdiv(device.tokens, 128) * cdiv(n, 128)
-    rows = 256 if itemsize < 4 and tiles >= 2 * units and n % 256 == 0 else 128 if n > 64 else 64
+    # FP8 on Hopper: two programs a multiprocessor, so that one scales its sums while the other multiplies.
+    wide = itemsize == 2 or (itemsize == 1 and device.target.arch != "sm_90")
+    rows = 256 if wide and tiles >= 2 * units and n % 256 == 0 else 128 if n > 64 else 64
     tokens = 128 if 10 * tiles >= 9 * units and itemsize < 4 else 64
     splits = splits_of(groups * cdiv(device.tokens, tokens) * cdiv(n, rows), steps, units, 8)
-    return Tiles(itemsize == 4, tokens, rows, depth, splits, 4 if rows == 64 else 8, tuned.stages[1])
+    return Tiles(itemsize == 4, tokens, rows, depth, splits, 4 if rows == 64 else 8, known.stages[1])
 
 
 def launch_with_splits(
     device: Device, kernel: Any, args: Mapping[str, Any], constants: Mapping[str, Any], tiles: Tiles,
-    shape: tuple[int, int, int], dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    """Launch a GEMM of shape (tokens, columns, weight tiles) and, if K is split, the sum of its parts -> [M, N]."""
+    shape: tuple[int, int, int], out: Tensor,
+) -> None:  # fmt: skip
+    """Launch a GEMM of shape (tokens, columns, weight tiles) and, if K is split, the sum of its parts -> out [M, N]."""
     m, n, weight_tiles = shape
-    out = device.empty((m, n), dtype)
     partial = out if tiles.splits == 1 else device.empty((tiles.splits, m, n), torch.float32)
     grid = (cdiv(m, tiles.tokens) * weight_tiles, tiles.splits)
     given = {**args, "out": partial, "M": m}
-    device.launch(kernel, grid, given, {**constants, **tiles.constants}, tiles.warps, tiles.stages)
+    device.launch(kernel, grid, given, {**constants, **tiles.constants}, tiles.warps, tiles.stages, tiles.origin)
     if tiles.splits > 1:
         block = 16 * device.target.wavefront  # 16 bytes a lane
         summed = {"partial": partial, "out": out, "M": m}
         told = {"N": n, "SPLITS": tiles.splits, "BLOCK": block}
         device.launch(sum_splits, (cdiv(m * n, block),), summed, told, 4, 1)
-    return out
 
 
 def precision_of(device: Device, dtype: torch.dtype) -> str:
@@ -234,12 +244,14 @@ def _product(
 ) -> Tensor:
     """x [groups, tokens, K], or `within` [tokens, groups, K], times weight [groups n, K] -> [groups, tokens, n]."""
     n, k = weight.shape[0] // groups, weight.shape[1]
-    tiles = choose(device, n, k, max(x.dtype.itemsize, weight.dtype.itemsize), groups)
+    tiles = choose(device, "gemm", n, k, max(x.dtype.itemsize, weight.dtype.itemsize), groups)
     constants = {
         "N": n, "K": k, "GROUPS": groups, "WITHIN": within, "PRECISION": precision_of(device, weight.dtype)
     }  # fmt: skip
     shape = (tokens, groups * n, groups * cdiv(n, tiles.rows))
-    return launch_with_splits(device, gemm, {"x": x, "w": weight}, constants, tiles, shape, dtype)
+    out = device.empty((tokens, groups * n), dtype)
+    launch_with_splits(device, gemm, {"x": x, "w": weight}, constants, tiles, shape, out)
+    return out
 
 
 def _linear(device: Device, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
