@@ -28,15 +28,24 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
+from atomc.codegen.device import TorchDevice
 from atomc.codegen.kernels import gemm, scaled_gemm
 from atomc.codegen.kernels.gemm import Tiles
 from atomc.codegen.tuning import FOLDER, Entry, Table, trial
 from atomc.formats import FP8_ACTIVATION, FP8_TILE
 from atomc.targets import get_target
-from benchmarks.kernels import Device, copies, random_codes, timed
+from benchmarks.kernel_inputs import Inputs
+from benchmarks.timing import copies, replayed
 
 BUCKETS = (16, 64, 256, 1024, 8192)
 SAMPLE = {16: 1, 64: 64, 256: 256, 1024: 1024, 8192: 8192}  # tokens that stand for a bucket; 16 is for decode
+
+
+class Device(TorchDevice):
+    """Allocates without poison: that would be timed too."""
+
+    def empty(self, shape: Any, dtype: torch.dtype) -> Tensor:
+        return torch.empty(tuple(shape), dtype=dtype, device=self.device)
 
 
 @dataclass(frozen=True)
@@ -61,7 +70,8 @@ class Problem:
         for _ in range(sets):
             if self.kernel == "scaled_gemm":
                 shape = (m, self.groups, self.k) if self.groups > 1 else (m, self.k)
-                x, w = random_codes(shape, FP8_ACTIVATION), random_codes((self.groups * self.n, self.k), FP8_TILE)
+                at = Inputs("cuda")
+                x, w = at.codes(shape, FP8_ACTIVATION), at.codes((self.groups * self.n, self.k), FP8_TILE)
                 host = scaled_gemm.scaled_grouped_output if self.groups > 1 else scaled_gemm.scaled_linear
                 given = (*x, *w, str(FP8_ACTIVATION), str(FP8_TILE), torch.bfloat16)
                 made.append(lambda given=given, host=host: host(device, *given))
@@ -162,7 +172,7 @@ def best_of(problem: Problem, found: list[Tiles]) -> tuple[Entry | None, str]:
                     expected = given
                 elif not torch.allclose(given, expected, rtol=2e-2, atol=2e-2 * float(expected.abs().mean())):
                     raise SystemExit(f"{problem}: {tiles} gives another result than the static model's configuration")
-                times.append((timed(calls, 5), tiles))
+                times.append((replayed(calls, 5), tiles))
             except (triton.runtime.errors.OutOfResources, RuntimeError) as error:
                 if tiles == found[0]:
                     return None, f"the static model's configuration fails: {error}"

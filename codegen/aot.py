@@ -33,7 +33,8 @@ from atomc.codegen.source import kernel_of, source_of
 from atomc.errors import AtomcError
 from atomc.targets import Target, get_target
 
-FACTS = 2  # the version of what is read from a code object; part of the key
+FACTS = 3  # the version of what is read from a code object; part of the key
+MATRIX = r"\b((?:wgmma\.mma_async|tcgen05\.mma|mma(?=\.m\d))[\w.:]*)"  # in PTX, without .sync.aligned
 TENSOR_MEMORY = 512  # columns of it, on sm_100
 
 
@@ -127,7 +128,8 @@ def _binary(made: Any, variant: Variant, target: Target) -> Binary:
     read, kind = (_amd, "hsaco") if target.vendor == "amd" else (_nvidia, "cubin")
     known = {
         "name": made.metadata.name, "target": target.name, "signature": [kind for _, kind in variant.signature],
-        "warps": made.metadata.num_warps, "wavefront": target.wavefront, "shared": made.metadata.shared,
+        "warps": made.metadata.num_warps, "wavefront": target.wavefront, "stages": variant.stages,
+        "shared": made.metadata.shared,
         "constants": {name: str(value) for name, value in variant.constants},
     }  # fmt: skip
     return Binary(made.asm[kind], KernelFacts(**known, **read(made)))
@@ -164,7 +166,7 @@ def _nvidia(made: Any) -> dict[str, Any]:
     wide = len(re.findall(r"ld\.global[\w.:]*\.v4\.b32|ld\.global[\w.:]*\.v2\.b64|cp\.async\.cg[^;]*, 0x10", text))
     return {
         "registers": usage.get("REG", 0), "spills": usage.get("STACK", 0), "scalar_spills": 0,
-        "matrix": _count(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)[\w.:]*", text), "loads": sum(loads.values()),
+        "matrix": _count(MATRIX, text.replace(".sync.aligned", "")), "loads": sum(loads.values()),
         "wide_loads": wide + loads.get("cp.async.bulk.tensor", 0), "dependent": WAITS in text,
     }  # fmt: skip
 

@@ -81,7 +81,9 @@ class BoundCall:
         written = {slot: name for name, slot in reversed(self.outputs) if slot in made}
         buffers = {} if memory is None else {s: memory.take(name, plan.slots[s]) for s, name in written.items()}
         self.steps = [
-            LaunchStep(at, plan, gpu, buffers) if gpu is not None and step.buckets else BoundStep(step, self.fixed)
+            LaunchStep(at, plan, gpu, buffers)
+            if gpu is not None and step.buckets
+            else BoundStep(step, self.fixed, None if gpu is None else gpu.device)
             for at, step in enumerate(plan.steps)
         ]
 
@@ -201,11 +203,10 @@ class Executor:
 
     def _run(self, fields: Mapping[str, Tensor], sizes: Sizes, watch: Watch | None = None) -> Tensor:
         values: dict[str, Tensor] = {}
-        with self.device:
-            for call in self.calls:
-                call.run(fields, values, sizes, watch)
-                if self.gpu is not None:
-                    self.gpu.join()
+        for call in self.calls:
+            call.run(fields, values, sizes, watch)
+            if self.gpu is not None:
+                self.gpu.join()
         return values["logits"]
 
     @torch.inference_mode()

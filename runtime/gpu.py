@@ -47,6 +47,10 @@ class Gpu:
         self.side = [torch.cuda.Stream(self.device) for _ in range(STREAMS - 1)]
         self.streams: Streams | None = None  # of the capture that goes on
 
+    def synchronize(self) -> None:
+        """Wait for what has been launched. Raises `RuntimeError` if a kernel failed."""
+        torch.cuda.synchronize(self.device)
+
     def missing(self, call: str) -> str:
         """Why a library's call cannot be made here; empty: it can. Tried once."""
         if call not in self._missing:
@@ -99,15 +103,20 @@ class Memory:
     def __init__(self, info: SlotInfo, gpu: Gpu, buffer: Tensor | None = None) -> None:
         if buffer is None and info.offset is None:
             raise LaunchError(f"{info.name} is made by a kernel, and the plan gives it no memory. Compile it again.")
-        self.buffer, self.offset = (gpu.arena, info.offset or 0) if buffer is None else (buffer, 0)
-        self.dtype: torch.dtype = getattr(torch, info.dtype)
+        buffer, offset = (gpu.arena, info.offset or 0) if buffer is None else (buffer, 0)
+        dtype: torch.dtype = getattr(torch, info.dtype)
+        whole = (buffer.numel() - offset) // dtype.itemsize * dtype.itemsize
+        self.base = buffer[offset : offset + whole].view(dtype)
         self.shape = [parse(s) if isinstance(s, str) else s for s in info.shape]
 
     def tensor(self, sizes: Sizes) -> Tensor:
         """Uninitialised memory of the slot's shape."""
         shape = [s if isinstance(s, int) else s(sizes) for s in self.shape]
-        size = math.prod(shape) * self.dtype.itemsize
-        return self.buffer[self.offset : self.offset + size].view(self.dtype).view(shape)
+        strides, stride = [0] * len(shape), 1
+        for dim in range(len(shape) - 1, -1, -1):
+            strides[dim] = stride
+            stride *= shape[dim]
+        return self.base.as_strided(shape, strides)  # one call: a step makes hundreds of these
 
 
 class BoundLaunch:

@@ -93,6 +93,20 @@ def document_lines(root: Path) -> Iterator[str]:
     yield f"{row['source_bytes'] / 1e9:.1f} GB of bf16 into {row['bytes'] / 1e9:.2f} GB"
 
 
+def prediction_lines(root: Path) -> Iterator[str]:
+    """The table of docs/inspect.md, and what it says of the kernels of a prefill."""
+    rows = result(root, "predictions_h100")["rows"]
+    for row in rows:
+        seconds, known, seen = (row[f"{name}_s"] for name in ("measured", "predicted", "with_rates_of_that_run"))
+        time = f"{seconds * 1e3:.{2 if 'decode' in row['step'] else 1}f}"
+        shares = [f"{predicted / seconds:.0%}".replace("%", " %") for predicted in (known, seen)]
+        yield f"| {time} | {known * 1e3:.2f} | {shares[0]} | {seen * 1e3:.2f} | {shares[1]} |"
+    yield f"where the plan has {rows[0]['launches']} of kernels"
+    kernels = {name: f"{seconds * 1e3:.1f}" for name, seconds in rows[-1]["kernels"].items()}
+    yield f"(predicted {kernels['experts_in']}), experts out 8.8 ({kernels['experts_out']}), FP8 linears 10.6 "
+    yield f"FP8 linears 10.6 ({kernels['scaled_gemm']}), attention 9.7 ({kernels['attend']})"
+
+
 def missing(page: Path, lines: Iterator[str]) -> list[str]:
     """Lines that a page does not have; where it breaks its lines does not matter."""
     text = " ".join(page.read_text(encoding="utf-8").split())
@@ -110,6 +124,10 @@ def test_the_document_on_quantisation_states_what_was_measured(repo_root: Path) 
     assert missing(repo_root / "docs" / "quantization.md", document_lines(repo_root)) == []
     rows = quantization_rows(repo_root)
     assert rows["shipped", "mxfp4"]["loss"] / rows["shipped", "native"]["loss"] == pytest.approx(10, rel=0.1)
+
+
+def test_the_document_on_predictions_states_them_beside_what_was_measured(repo_root: Path) -> None:
+    assert missing(repo_root / "docs" / "inspect.md", prediction_lines(repo_root)) == []
 
 
 def test_its_tables_and_its_picture_are_those_of_the_results(
