@@ -32,7 +32,7 @@ TILE = torch.empty(64, 64, device="meta")
 DOT, ADD = variant(rowwise_dot, {"N": 64}, TILE, TILE, TILE), variant(add, {"BLOCK": 64}, TILE, TILE, TILE, n=64)
 FIT = KernelFacts(
     name="rowwise_dot", target="h100", signature=[], warps=4, wavefront=32, shared=1024, registers=64, spills=0,
-    scalar_spills=9, matrix={"wgmma.mma_async": 4}, loads=6, wide_loads=2, constants={},
+    scalar_spills=9, matrix={"wgmma.mma_async": 4}, loads=6, wide_loads=2, stages=3, constants={},
 )  # fmt: skip
 
 
