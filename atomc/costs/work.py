@@ -146,6 +146,11 @@ def _linear(call: Call) -> None:
     call.does("weight", call.elements(call.results[0]) * 2 * call.width("weight"), wide=call.wide(x, "weight"))
 
 
+def _bmm(call: Call) -> None:
+    depth, wide = call.width("self"), call.wide("self", "mat2")
+    call.does("mat2", call.elements(call.results[0]) * 2 * depth, wide=wide)
+
+
 def _scaled(call: Call) -> None:
     depth = call.width("codes") * Layout.parse(call.arguments["layout"]).element.packed
     call.does("weight", call.elements(call.results[0]) * 2 * depth)
@@ -155,10 +160,13 @@ def _experts(call: Call) -> None:
     """Each expert that some token chooses is read once; all tokens choose alike (`hit`)."""
     experts, chosen = call.width("w13", 0), call.width("indices")
     for name in ("w13", "w13_scales", "w2", "w2_scales"):
-        call.touch(name, call.bytes(call.slot(name)) * (1 / experts) * hit(experts, chosen))
+        if call.has(name):
+            call.touch(name, call.bytes(call.slot(name)) * (1 / experts) * hit(experts, chosen))
     for name in ("w13", "w2"):
-        packed = Layout.parse(call.arguments[f"{name}_layout"]).element.packed
-        call.does(name, T * (2 * chosen * call.width(name, 1) * call.width(name) * packed))
+        layout = call.arguments.get(f"{name}_layout")
+        packed = Layout.parse(layout).element.packed if layout else 1
+        wide = 2 * call.wide(name)  # both operands have its dtype
+        call.does(name, T * (2 * chosen * call.width(name, 1) * call.width(name) * packed), wide=wide)
 
 
 # -- attention, index --------------------------------------------------------------------------------------------------
@@ -250,6 +258,10 @@ def _hash(call: Call) -> None:
     call.does("logits", call.elements(call.slot("logits")) * 8, "vector")
 
 
+def _copy(_: Call) -> None:
+    """Bytes only."""
+
+
 def _hadamard(call: Call) -> None:
     call.does("x", call.elements(call.slot("x")) * (2 * call.width("x")))
 
@@ -289,7 +301,8 @@ def _input(value: Any, program: pointwise.Program) -> int | None:
 
 COSTS: Final[dict[str, Callable[[Call], None]]] = {
     "linear": _linear, "linear_fp32": _linear, "scaled_linear": _scaled, "scaled_grouped_output": _scaled,
-    "scaled_moe_experts": _experts,
+    "bmm": _bmm, "moe_experts": _experts, "scaled_moe_experts": _experts,
+    "clone": _copy, "contiguous": _copy, "reshape": _copy,
     "sparse_attention": _attention, "sparse_attention_inverse_rope": _attention,
     "sparse_attention_inverse_rope_quant": _attention, "index_topk": _index, "index_rope_topk": _index,
     "cache_insert": _insert, "packed_insert": _insert, "qk_norm_rope_insert": _qk_insert,

@@ -76,6 +76,29 @@ def test_experts_are_read_once_if_some_token_chooses_them() -> None:
     assert found.count().at(SIZES) == 32 * chosen * 2 * 3 * hidden * inner
 
 
+def test_experts_in_full_precision() -> None:
+    experts, hidden, inner, chosen = 16, 256, 128, 4
+    for dtype, size in (("bfloat16", 2), ("float32", 4)):
+        args = [
+            (dtype, ["T", hidden]), (dtype, [experts, 2 * inner, hidden]), (dtype, [experts, hidden, inner]),
+            ("int64", ["T", chosen]), ("float32", ["T", chosen]), 10.0,
+        ]  # fmt: skip
+        found = work("atom.moe_experts.default", args, [("float32", ["T", hidden])])
+        one = 3 * hidden * inner * size
+        assert found.bytes.at({**SIZES, "T": 1.0}) == pytest.approx((size + 4) * hidden + 12 * chosen + one * chosen)
+        assert found.count().at(SIZES) == 32 * chosen * 2 * 3 * hidden * inner
+        assert {f.wide for f in found.flops} == {2 if dtype == "float32" else 0}
+
+
+def test_a_batched_product_and_a_copy() -> None:
+    args = [("bfloat16", [8, "T", 64]), ("bfloat16", [8, 64, 48])]
+    found = work("aten.bmm.default", args, [("bfloat16", [8, "T", 48])])
+    assert found.bytes.at(SIZES) == 2 * 8 * (32 * 64 + 64 * 48 + 32 * 48)
+    assert found.count().at(SIZES) == 2 * 8 * 32 * 64 * 48
+    found = work("aten.reshape.default", [("bfloat16", ["T", 8, 48]), 384], [("bfloat16", ["T", 384])])
+    assert found.bytes.at(SIZES) == 2 * 2 * 32 * 384 and not found.flops
+
+
 @pytest.mark.parametrize(
     ("ratio", "topk", "seen", "read"),
     [

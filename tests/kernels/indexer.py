@@ -137,5 +137,4 @@ def _index(device: Device) -> None:
                 )  # fmt: skip
 
 
-NO_MATRIX = {"turn_queries": {"ROUND": False}}  # only what is rounded goes through the Hadamard matrix first
 AOT = [(f"indexer {tokens}", _index) for tokens in (1, 16, 64, 8192)]

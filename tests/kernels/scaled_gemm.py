@@ -163,6 +163,4 @@ PRODUCTS = [
     ("flash w13 fp4", product(4096, 4096, (FP8_ACTIVATION, MXFP4))),
     ("flash w13 fp4 both", product(4096, 4096, NARROW)),
 ]
-# FP4 weights without an instruction for them: a step has 16 bytes of a row, and several lanes share them.
-NARROW = {"scaled_gemm": {"W_PACKED": True, "MX": False, "BK": 32}}
 AOT = [(f"{name} {tokens}", run) for name, run in PRODUCTS for tokens in (1, 16, 64, 8192)]
