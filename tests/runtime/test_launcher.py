@@ -19,8 +19,8 @@ from atomc.runtime.gpu import Memory, Values
 from atomc.runtime.launcher import LaunchError, _c_value, letters_of
 
 FACTS = KernelFacts(
-    name="k", target="h100", signature=["*fp32", "i32", "fp32"], warps=8, stages=3, wavefront=32, shared=1024, registers=1,
-    spills=0, scalar_spills=0, matrix={}, loads=0, wide_loads=0, constants={}, dependent=True,
+    name="k", target="h100", signature=["*fp32", "i32", "fp32"], warps=8, stages=3, wavefront=32, shared=1024,
+    registers=1, spills=0, scalar_spills=0, matrix={}, loads=0, wide_loads=0, constants={}, dependent=True,
 )  # fmt: skip
 
 
