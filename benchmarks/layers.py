@@ -165,8 +165,17 @@ def rows(options: argparse.Namespace, profile: Path | None = None) -> Iterator[R
         row = Row("atomc", "prefill", tokens=tokens, chunks=1)
         row.bytes, row.flops = touched(artifact, config, tokens), operations(config, 1, tokens, tokens)
         yield attempt(row, partial(executor.step, batch), max(options.repeat // 4, 3), "cuda")
+    if made := compilers():
+        raise SystemExit(f"a step compiled something: {made} were imported")
     if profile is not None:
         profiles(executor, steps, options)
+
+
+def compilers() -> list[str]:
+    """Compilers that this process has imported: none may be, after any number of steps."""
+    return [
+        name for name in ("triton", "torch._inductor.compile_fx", "torch._dynamo.eval_frame") if name in sys.modules
+    ]
 
 
 def main() -> int:
@@ -191,9 +200,11 @@ def main() -> int:
         print(row.known(), flush=True)
     if options.out is not None:
         config = load_config(options.artifact)
-        facts = {"command": " ".join(sys.argv), "device": torch.cuda.get_device_name(), "torch": torch.__version__,
-                 "ceilings": best, "artifact": options.artifact.stem, "layers": list(config.compress_ratios),
-                 "rows": found}  # fmt: skip
+        facts = {
+            "command": " ".join(sys.argv), "device": torch.cuda.get_device_name(), "torch": torch.__version__,
+            "compilers imported": compilers(), "ceilings": best, "artifact": options.artifact.stem,
+            "layers": list(config.compress_ratios), "rows": found,
+        }  # fmt: skip
         options.out.write_text(json.dumps(facts, indent=1) + "\n")
     return 0
 

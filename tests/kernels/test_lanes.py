@@ -38,6 +38,15 @@ def test_every_case_is_the_reference_in_the_interpreter(family: str, repo_root: 
     assert "ok   " in ran.stdout
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_case_is_the_reference_on_a_gpu(family: str, repo_root: Path) -> None:
+    command = [sys.executable, "-m", "tests.kernels.lane", "gpu", family]
+    ran = subprocess.run(command, cwd=repo_root, capture_output=True, text=True, timeout=900)
+    assert ran.returncode == 0, ran.stdout[-6000:] + ran.stderr[-2000:]
+    assert "ok   " in ran.stdout
+
+
 # -- ahead of time -----------------------------------------------------------------------------------------------------
 
 
