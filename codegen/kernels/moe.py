@@ -39,7 +39,7 @@ from atomc.codegen.kernels.quantize import (
     unscaled,
 )  # fmt: skip
 from atomc.codegen.kernels.swiglu import swiglu_of, threads
-from atomc.formats import Layout
+from atomc.formats import MXFP4, Layout
 
 # Assembly has no interpreter.
 ASM = not triton.knobs.runtime.interpret
@@ -391,6 +391,9 @@ def scaled_moe_experts(
     i, k = w2.shape[2] * l2.element.packed, w13.shape[2] * l13.element.packed
     t, choices = indices.shape
     eights = l13.element.bits == 8 and not multiplies_mx(device, l13, outer)
+    if folds(device, outer, inner, (l13, l2), (k, i, d), choices / experts):
+        y = _folded(device, codes, scales, w13, w13_scales, w2, w2_scales, indices, weights, limit, outer, inner, dtype)
+        return _sum(device, y)
     config = choose(device, choices, experts, fused=inner.columns in (32, 128), eights=eights)
     kind = kind_of(device, l13, outer, k, config.bm)
     rows = sort(device, codes, scales, outer, indices, experts, config.bm, kind)
@@ -463,6 +466,44 @@ def launch_out(
     constants = {"K": w2.k, "N": d, "BN": config.bn_out, "BM": config.bm, **w2.constants}
     grid = (rows.tiles * cdiv(d, config.bn_out),)
     device.launch(experts_out, grid, args, constants, warps=config.warps_out, stages=config.stages_out)
+    return _sum(device, y)
+
+
+def folds(
+    device: Device, act: Layout, inner: Layout, weights: tuple[Layout, Layout], sizes: tuple[int, int, int],
+    share: float,
+) -> bool:  # fmt: skip
+    """Whether `moe_hopper` has the product: its layouts and sizes, and enough rows of each expert for its tiles.
+
+    `share`: of the tokens that an expert has, if all are alike.
+    """
+    k, i, d = sizes
+    fits = k % 512 == 0 and i % 512 == 0 and d % 256 == 0 and device.tokens * max(k, i) < 2**31 // 8
+    known = all(str(weight) == str(MXFP4) for weight in weights)
+    acts = act.element.name == inner.element.name == "e4m3" and (act.rows, act.columns) == (inner.rows, inner.columns)
+    known = known and acts and (inner.rows, inner.columns, inner.scale) == (1, 128, "e8m0")
+    return ASM and device.target.arch == "sm_90" and known and fits and device.tokens * share > 40
+
+
+def _folded(
+    device: Device, codes: Tensor, scales: Tensor, w13: Tensor, w13_scales: Tensor, w2: Tensor, w2_scales: Tensor,
+    indices: Tensor, weights: Tensor, limit: float, outer: Layout, inner: Layout, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """y [T, choices, D] by the kernels of `moe_hopper`."""
+    from atomc.codegen.kernels import moe_hopper  # the part of Triton that it is written in is not every backend's
+
+    rows = sort(device, codes, scales, outer, indices, w13.shape[0], moe_hopper.TOKENS, "folded")
+    a, a_scales = empty_wide(device, weights.numel(), w13.shape[1] // 2, inner, "folded")
+    y = device.empty((*weights.shape, w2.shape[1]), dtype)
+    given = (limit, inner.floor, getattr(tl, {"fp32": "float32", "bf16": "bfloat16"}[TYPES[dtype]]))
+    moe_hopper.product(device, rows, rows.x, rows.scales, w13, w13_scales, weights, a, a_scales, *given)
+    moe_hopper.product(device, rows, a, a_scales, w2, w2_scales, weights, y, a_scales, *given)
+    return y
+
+
+def _sum(device: Device, y: Tensor) -> Tensor:
+    """y [T, choices, D] summed over the choices."""
+    t, choices, d = y.shape
     out = device.empty((t, d), torch.float32)
     block = min(power_of_two(d), 1024)
     constants = {"N": d, "CHOICES": choices, "BLOCK": block}
