@@ -43,7 +43,8 @@ def has_product(kernel: Any) -> bool:
     from triton.runtime.jit import JITFunction
 
     named = (kernel.fn.__globals__.get(name) for name in kernel.fn.__code__.co_names)
-    return "tl.dot" in kernel.src or any(has_product(called) for called in named if isinstance(called, JITFunction))
+    asked = any(word in kernel.src for word in ("tl.dot", "warpgroup_mma("))  # in Triton, in Gluon
+    return asked or any(has_product(called) for called in named if isinstance(called, JITFunction))
 
 
 def is_exempt(assertion: Assertion, variant: Variant) -> bool:

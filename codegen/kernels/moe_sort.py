@@ -8,7 +8,7 @@ Terms:
             the scales are of use only where a whole row has one.
     ORDER   of each 32 columns of `wide`, as FP4 weights leave their bytes. pairs: the even columns, then the odd ones.
             words: of the codes 0 .. 7 of four words, 0 and 4 of each, then 1 and 5, 2 and 6, 3 and 7.
-            folded: of each 128 columns, 4 of every 4 of a group of 32, in turn of the groups (see `moe_hopper`).
+            folded: of each 128 columns, 4 of every 4 of a group of 32, in turn of the groups (see `moe_folded`).
 
 Up to SMALL pairs one kernel does all; more are counted by blocks, summed over blocks, and placed. Integers only, and
 each place is computed, never taken: no order of arrival shows.
