@@ -155,7 +155,7 @@ class DecodeGraphs:
         torch.cuda.current_stream().wait_stream(stream)
 
     def replay(self, requests: int) -> None:
-        """Replay the graph of `requests` requests on the fields that are there: a step without its input, to time it."""
+        """Replay the graph of that many requests on the fields that are there: a step without its input, to time it."""
         self._graphs[next(b for b in self.buckets if requests <= b)][0].replay()
 
     def step(self, batch: Batch) -> Tensor | None:
