@@ -18,13 +18,14 @@ import torch
 
 import atomc
 from atomc.artifact.check import check_program
-from atomc.artifact.kernels import write_kernel
+from atomc.artifact.kernels import KernelFacts, write_kernel
 from atomc.artifact.manifest import SCHEMA_VERSION, Limits, Manifest, Serving
 from atomc.artifact.plan import CallPlan, ProgramPlan, RegionPlan, StateTensor
 from atomc.artifact.store import artifact_hash, check_output, encode, hash_file, write_manifest, writing
 from atomc.calibration import SPACE, CalibratedSource, Calibration, fitted
 from atomc.capture import Input, Program, Region, capture
 from atomc.codegen.aot import Binary, build_all, default_store
+from atomc.codegen.assertions import faults_of
 from atomc.codegen.device import Variant
 from atomc.codegen.lower import Lowering
 from atomc.codegen.missing import missing_kernels, refuse
@@ -84,7 +85,8 @@ class Options:
 class Result:
     """What a compile did. `hash` is None if nothing was written, `packed` if no weights were.
 
-    `calibrated`: how many of the tensors rounded here the calibration fits, of how many; None without one.
+    `calibrated`: how many of the tensors rounded here the calibration fits, of how many; None without one. `kernels`:
+    what is known of each code object, by its key; `faults`: what of it does not hold (`atomc.codegen.assertions`).
     """
 
     output: Path | None
@@ -98,6 +100,8 @@ class Result:
     bytes: int = 0
     packed: Packed | None = None
     calibrated: tuple[int, int] | None = None
+    kernels: dict[str, KernelFacts] = field(default_factory=dict)
+    faults: dict[str, list[str]] = field(default_factory=dict)
 
 
 @dataclass
@@ -172,6 +176,8 @@ def compile_model(
         raise refuse(missing, target)
     variants = {k: v for _, made in lowered.values() for k, v in made.items()}
     kernels = build_kernels(variants, target, progress)
+    found = {name: faults_of(variants[name], binary.facts, target) for name, binary in sorted(kernels.items())}
+    faults = {name: problems for name, problems in found.items() if problems}
     plan = link(program, compiled, regions, serving)
     with Packing(output) as packing, writing(output) as folder:
         recipes = {c.region.name: named_recipes(c) for c in compiled}
@@ -198,19 +204,11 @@ def compile_model(
         )  # fmt: skip
         check_program(str(output), manifest, plan, regions)
     size = sum(f.stat().st_size for f in output.rglob("*") if f.is_file())
+    facts = {name: binary.facts for name, binary in kernels.items()}
     return Result(
-        output,
-        artifact_hash(output),
-        source.name,
-        target,
-        explanation,
-        layouts,
-        plan,
-        regions,
-        size,
-        packed,
-        calibrated,
-    )
+        output, artifact_hash(output), source.name, target, explanation, layouts, plan, regions, size, packed,
+        calibrated, facts, faults,
+    )  # fmt: skip
 
 
 def check_limits(options: Options, config: DeepseekV4Config) -> Limits:
@@ -391,8 +389,8 @@ def lower(compiled: Compiled, serving: Serving, target: Target) -> tuple[RegionP
 
 
 def buckets_of(most: int) -> tuple[int, ...]:
-    """Upper bounds of tokens for which kernels are configured: decode, a few requests, many, prefill."""
-    return (*(n for n in (16, 64) if n < most), most)
+    """Upper bounds of tokens for which kernels are configured: decode of a few requests, of many, prefill."""
+    return (*(n for n in (16, 64, 256, 1024) if n < most), most)
 
 
 def build_kernels(variants: dict[str, Variant], target: Target, progress: Progress) -> dict[str, Binary]:

@@ -159,10 +159,11 @@ def _regions(explanation: Explanation, program: ProgramPlan, regions: dict[str, 
     uses = facts.uses(program)
     rows = [
         [name, f"{uses[name]}×", *map(str, nodes({name: explanation[name]})), str(len(region.steps)),
-         bytes_text(region.arena_bytes)]
+         str(sum(step.stream > 0 for step in region.steps)), bytes_text(region.arena_bytes)]
         for name, region in regions.items()
     ]  # fmt: skip
-    return _table(["region", "used", "nodes captured", "after the passes", "steps", "arena at the largest step"], rows)
+    heads = ["region", "used", "nodes captured", "after the passes", "steps", "on side streams"]
+    return _table([*heads, "arena at the largest step"], rows)
 
 
 def _memory(program: ProgramPlan, regions: dict[str, RegionPlan]) -> list[str]:

@@ -1,198 +1,239 @@
-"""Kernels on a GPU: time, bytes, FLOPs and share of the ceilings of the same run: `python benchmarks/kernels.py`.
+"""Every kernel on a GPU, at V4-Flash and V4-Pro shapes, beside what torch and its libraries take for the same work.
 
-Each operator's host function runs at V4-Flash shapes; times are medians of CUDA-graph replays over inputs that rotate
-past the L2 cache. Prints a table and writes JSON.
+    python benchmarks/kernels.py --build build/h100-kernels [--target h100]    compile what is measured, on any machine
+    python benchmarks/kernels.py --kernels build/h100-kernels                  measure; compiles first what is missing
+
+Kernels are launched as the runtime launches them; times are medians of CUDA-graph replays over inputs that rotate past
+the L2 cache. Prints a line a case and writes JSON after each family, so that nothing measured is lost.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from kernel_cases import FAMILIES, Case, size_of
+from kernel_device import BuiltDevice, build, record
+from kernel_inputs import Inputs
+from kernel_peers import cublas, eager, inductor
+from stack_timing import why
+from timing import ceilings, copies, replayed, still_works, told, trim
 
-from atomc.codegen.device import TorchDevice
-from atomc.formats import FP8_ACTIVATION, FP8_TILE, MXFP4, Layout
-from atomc.targets import get_target
+from atomc.codegen.device import Variant
+from atomc.models.bundled import bundled_config
+from atomc.targets import Target, get_target
 
-ROTATED = 256 << 20  # bytes of inputs that are cycled through, so that none is found in a cache
-CUDA = "cuda"
-
-
-class Device(TorchDevice):
-    """Allocates without poison: that would be timed too."""
-
-    def empty(self, shape: Any, dtype: torch.dtype) -> Tensor:
-        return torch.empty(tuple(shape), dtype=dtype, device=self.device)
+PEERS = ("eager", "cublas", "inductor")
 
 
 @dataclass
 class Row:
-    """One measurement; seconds, bytes and operations of a call."""
+    """One measurement: of a call, what it must move and compute, and how near to a ceiling that is."""
 
+    family: str
+    model: str
     name: str
-    seconds: float
+    tokens: int
     bytes: float
     flops: float
-    peer: float | None = None  # seconds of the library's kernel
+    peak: str
+    seconds: float = math.nan
+    bytes_per_s: float = math.nan
+    flop_per_s: float = math.nan
+    share: float = math.nan  # of the higher bound of the two: bytes over the copy rate, or FLOPs over the peak
+    bound: str = ""
+    library: list[str] = field(default_factory=list)  # calls of libraries in place of kernels
+    reason: str = ""
+    peers: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def judge(self, seconds: float, best: dict[str, Any]) -> None:
+        """Rates, and the share of the ceiling that bounds it."""
+        self.seconds, self.bytes_per_s, self.flop_per_s = seconds, self.bytes / seconds, self.flops / seconds
+        floors = {"copy": self.bytes / best["copy"], self.peak: self.flops / best[self.peak] if self.peak else 0.0}
+        self.bound = max(floors, key=floors.__getitem__)
+        self.share = floors[self.bound] / seconds
+
+    def known(self) -> dict[str, Any]:
+        """What is known of it: JSON has no NaN."""
+        return {name: value for name, value in asdict(self).items() if value == value and value != ""}
+
+    def line(self) -> str:
+        """Of the table."""
+        head = f"{self.family:16} {self.model:5} {self.name:46}"
+        if self.reason:
+            return f"{head} {self.reason}"
+        by = f" by {', '.join(self.library)}" if self.library else ""
+        peers = "".join(f"  {name} x{p['seconds'] / self.seconds:.2f}" for name, p in self.peers.items()
+                        if "seconds" in p)  # fmt: skip
+        return (f"{head} {self.seconds * 1e6:9.1f} us {self.bytes_per_s / 1e12:6.2f} TB/s {self.flop_per_s / 1e12:6.0f}"
+                f" TFLOP/s {self.share:5.0%} of {self.bound}{by}{peers}")  # fmt: skip
 
 
-def timed(calls: list[Callable[[], Any]], repeats: int = 7) -> float:
-    """Median seconds of one call, of graph replays of all calls one after the other."""
-    for call in calls[:2]:
-        call()
-    torch.cuda.synchronize()
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    with torch.cuda.stream(stream):
-        for call in calls:
-            call()
-    torch.cuda.synchronize()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    times = []
-    for _ in range(repeats + 2):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        stop.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(stop) / 1e3 / len(calls))
-    return statistics.median(times[2:])
+@dataclass
+class Bench:
+    """All rows, their cases, and what is left of the time."""
 
+    options: argparse.Namespace
+    target: Target
+    rows: list[tuple[Row, Case]] = field(default_factory=list)
+    variants: list[Variant] = field(default_factory=list)
+    best: dict[str, Any] = field(default_factory=dict)
+    started: float = field(default_factory=time.perf_counter)
 
-def copies(size: float) -> int:
-    """How many sets of inputs are rotated."""
-    return max(2, min(24, int(ROTATED // max(size, 1)) + 1))
+    def plan(self) -> None:
+        """The rows to measure, and the variants that they launch: by meta tensors, without a GPU."""
+        at = Inputs("meta")
+        for model in self.options.models:
+            config = bundled_config(f"deepseek-v4-{model}")
+            for family in self.options.families or FAMILIES:
+                for case in FAMILIES[family](config):
+                    arguments = case.make(at)
+                    result, recorder = record(self.target, case.tokens, case.host(self.target), arguments)
+                    moved = size_of(arguments) + size_of(result) if case.bytes is None else case.bytes
+                    self.rows.append((Row(family, model, case.name, case.tokens, moved, case.flops, case.peak), case))
+                    self.variants += recorder.variants
+                at.drop()
 
+    def left(self, until: float) -> bool:
+        """Whether there is time for more, up to a share of all."""
+        return time.perf_counter() - self.started < until * self.options.seconds
 
-def random_codes(shape: tuple[int, ...], layout: Layout) -> tuple[Tensor, Tensor]:
-    """Random codes and plausible scales, made on the device."""
-    stored = layout.code_shape(shape)
-    if layout.element.bits == 4:
-        codes = torch.randint(-128, 128, stored, dtype=torch.int8, device=CUDA)
-    else:
-        codes = (torch.randn(stored, device=CUDA) * 40).clamp(-440, 440).to(layout.element.storage)
-    scales = torch.randint(115, 123, layout.scale_shape(shape), dtype=torch.uint8, device=CUDA)
-    return codes, scales.view(torch.float8_e8m0fnu)
+    def groups(self) -> Iterator[tuple[str, list[tuple[Row, Case]]]]:
+        """Rows of one family of one model at a time: they share what is kept."""
+        names = dict.fromkeys((row.family, row.model) for row, _ in self.rows)
+        for family, model in names:
+            yield f"{family} {model}", [r for r in self.rows if (r[0].family, r[0].model) == (family, model)]
 
+    def each(self, what: str, until: float, measure: Callable[[Row, Case, Inputs], None]) -> None:
+        """Measure all rows, family by family, while there is time; write after each."""
+        for name, rows in self.groups():
+            at, start = Inputs("cuda"), time.perf_counter()
+            skipped = 0
+            for row, case in rows:
+                if not self.left(until):
+                    skipped += 1
+                    continue
+                measure(row, case, at)
+                trim()
+            at.drop()
+            torch.cuda.empty_cache()
+            self.write()
+            print(f"-- {what}: {name} took {time.perf_counter() - start:.1f} s"
+                  f"{f'; {skipped} left out, no time' if skipped else ''}", flush=True)  # fmt: skip
 
-def ceilings() -> dict[str, float]:
-    """Copy (bytes/s, read and write), bf16 and FP8 matrix products (FLOP/s) of the library, on this device, now."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device=CUDA).random_()
-    target = torch.empty_like(source)
-    copy = 2 * source.numel() / timed([lambda: target.copy_(source)] * 4)
-    n = 8192
-    a, b = (torch.randn(n, n, device=CUDA, dtype=torch.bfloat16) for _ in range(2))
-    bf16 = 2 * n**3 / timed([lambda: torch.mm(a, b)] * 3)
-    qa, qb = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn).t().contiguous().t()
-    one = torch.ones((), device=CUDA)
-    fp8 = (
-        2
-        * n**3
-        / timed(
-            [lambda: torch._scaled_mm(qa, qb, scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True)]
-            * 3
-        )
-    )
-    return {"copy": copy, "bf16": bf16, "fp8": fp8}
+    def kernels(self) -> None:
+        """Time of each kernel."""
+        device = BuiltDevice(self.options.kernels, self.target)
 
+        def measure(row: Row, case: Case, at: Inputs) -> None:
+            device.tokens, host = case.tokens, case.host(self.target)
+            device.made.clear()
+            try:
+                first = case.make(at)
+                sets = [first, *(case.make(at) for _ in range((case.rotate or copies(row.bytes)) - 1))]
+                row.judge(replayed([lambda given=given: host(device, *given) for given in sets]), self.best)
+                row.library = sorted(device.made)
+            except Exception as error:  # the others are worth measuring all the same
+                if not still_works():
+                    raise
+                row.reason = why(error)
+            print(row.line(), flush=True)
 
-def linears(target: Any) -> list[Row]:
-    """FP8 linears of V4-Flash: wq_a|wkv, wq_b, wo_b, shared w1|w3, shared w2."""
-    from atomc.codegen.kernels.scaled_gemm import scaled_linear
+        self.each("kernels", 0.6, measure)
 
-    rows = []
-    for m in (1, 16, 64, 4096, 8192):
-        for name, n, k in (("wq_a|wkv", 1536, 4096), ("wq_b", 32768, 1024), ("wo_b", 4096, 8192),
-                           ("w1|w3", 4096, 4096), ("w2", 4096, 2048), ("square", 8192, 8192)):  # fmt: skip
-            if (name == "square") != (m == 8192):
+    def peers(self) -> None:
+        """Eager and the libraries for every row; then inductor, within its budget for each family."""
+        wanted, spent = self.options.peers, {}
+
+        def quick(row: Row, case: Case, at: Inputs) -> None:
+            if "eager" in wanted:
+                row.peers["eager"] = eager(case, at)
+            if "cublas" in wanted and (case.gemm is not None or row.family == "gemm"):
+                row.peers |= dict(cublas(case, at))
+            print(row.line(), flush=True)
+
+        def slow(row: Row, case: Case, at: Inputs) -> None:
+            if row.tokens not in self.options.inductor_tokens or row.model != self.options.models[0]:
+                return
+            if spent.get(row.family, 0.0) > self.options.budget:
+                row.peers["inductor"] = {"reason": f"its family had {self.options.budget:.0f} s"}
+                return
+            start = time.perf_counter()
+            row.peers["inductor"] = found = inductor(case, at)
+            spent[row.family] = spent.get(row.family, 0.0) + time.perf_counter() - start
+            print(f"{row.line()}  {found.get('reason', '')}", flush=True)
+
+        self.each("peers", 0.85, quick)
+        if "inductor" in wanted:
+            self.each("inductor", 1.0, slow)
+
+    def write(self) -> None:
+        """JSON of what is known now."""
+        facts = {"command": " ".join(sys.argv), "device": torch.cuda.get_device_name(), "torch": torch.__version__,
+                 "ceilings": self.best, "rows": [row.known() for row, _ in self.rows]}  # fmt: skip
+        self.options.out.parent.mkdir(parents=True, exist_ok=True)
+        self.options.out.write_text(json.dumps(facts, indent=1, allow_nan=False) + "\n")
+
+    def summary(self) -> None:
+        """A line a family: shares of the ceilings, and the peers' time over ours (geometric means)."""
+        for name, rows in self.groups():
+            known = [row for row, _ in rows if row.seconds > 0]
+            if not known:
                 continue
-            size = m * k + n * k + 2.0 * m * n
-            device, calls = Device(target, m, CUDA), []
-            for _ in range(copies(size)):
-                x, w = random_codes((m, k), FP8_ACTIVATION), random_codes((n, k), FP8_TILE)
-                calls.append(
-                    lambda x=x, w=w, device=device: scaled_linear(
-                        device, *x, *w, str(FP8_ACTIVATION), str(FP8_TILE), torch.bfloat16
-                    )
-                )
-            rows.append(Row(f"scaled_linear {name} {n}x{k}, M={m}", timed(calls), size, 2.0 * m * n * k))
-    return rows
-
-
-def experts(target: Any) -> list[Row]:
-    """Routed experts of V4-Flash: 256 of 4096 -> 2048 -> 4096, top 6, FP4 weights."""
-    from atomc.codegen.kernels.moe import scaled_moe_experts
-
-    e, d, i, k = 256, 4096, 2048, 6
-    w13, w2 = random_codes((e, 2 * i, d), MXFP4), random_codes((e, d, i), MXFP4)
-    rows = []
-    for m in (1, 16, 64, 4096, 8192):
-        device, calls, hit = Device(target, m, CUDA), [], 0.0
-        for _ in range(3 if m < 1024 else 1):
-            x = random_codes((m, d), FP8_ACTIVATION)
-            indices = torch.rand(m, e, device=CUDA).topk(k, dim=-1).indices
-            weights = torch.rand(m, k, device=CUDA)
-            hit += indices.unique().numel()
-            calls.append(
-                lambda x=x, indices=indices, weights=weights, device=device: scaled_moe_experts(
-                    device,
-                    *x,
-                    *w13,
-                    *w2,
-                    indices,
-                    weights,
-                    10.0,
-                    str(FP8_ACTIVATION),
-                    str(FP8_ACTIVATION),
-                    str(MXFP4),
-                    str(MXFP4),
-                    torch.bfloat16,
-                )
-            )
-        hit /= len(calls)
-        size = hit * 3 * i * d * 17 / 32 + 6 * m * d
-        rows.append(Row(f"scaled_moe_experts M={m}, {hit:.0f} experts", timed(calls), size, 6.0 * m * k * i * d))
-    return rows
-
-
-FAMILIES: dict[str, Callable[[Any], list[Row]]] = {"linears": linears, "experts": experts}
+            parts = []
+            for title, some in (("decode", [r for r in known if r.tokens <= 128]),
+                                ("prefill", [r for r in known if r.tokens > 128])):  # fmt: skip
+                if some:
+                    parts.append(f"{title} {statistics.median(r.share for r in some):.0%}")
+                for peer in dict.fromkeys(p for r in some for p in r.peers):
+                    ratios = [r.peers[peer]["seconds"] / r.seconds for r in some if "seconds" in r.peers.get(peer, {})]
+                    if ratios:
+                        parts.append(f"{peer} x{statistics.geometric_mean(ratios):.2f} ({len(ratios)})")
+            print(f"{name:24} {len(known)} of {len(rows)}: {', '.join(parts)}")
 
 
 def main() -> int:
-    """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/kernels.json"))
-    parser.add_argument("families", nargs="*", default=list(FAMILIES))
+    """Build, or measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("families", nargs="*", help=f"of {', '.join(FAMILIES)}; all without")
+    parser.add_argument("--models", nargs="+", choices=("flash", "pro"), default=["flash", "pro"])
+    parser.add_argument("--peers", type=lambda text: text.split(","), default=["eager", "cublas"])
+    parser.add_argument("--inductor-tokens", type=int, nargs="+", default=[16, 4096], help="rows inductor compiles for")
+    parser.add_argument("--budget", type=float, default=15.0, help="seconds of inductor for each family")
+    parser.add_argument("--seconds", type=float, default=210.0, help="after which what is left is left out")
+    parser.add_argument("--target", default="h100")
+    parser.add_argument("--build", type=Path, help="compile into this folder, and measure nothing")
+    parser.add_argument("--jobs", type=int, help="processes that compile; default: one a core")
+    parser.add_argument("--kernels", type=Path, default=Path("build/benchmark-kernels"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/kernels_h100.json"))
     options = parser.parse_args()
-    target = get_target("h200" if "H200" in torch.cuda.get_device_name() else "h100")
-    best = ceilings()
-    print(f"{torch.cuda.get_device_name()}: copy {best['copy'] / 1e12:.2f} TB/s, bf16 {best['bf16'] / 1e12:.0f}, "
-          f"FP8 {best['fp8'] / 1e12:.0f} TFLOP/s")  # fmt: skip
-    rows: list[Row] = []
-    for family in options.families or FAMILIES:
-        try:
-            found = FAMILIES[family](target)
-        except Exception as error:  # noqa: BLE001  the others are worth measuring all the same
-            print(f"{family}: {type(error).__name__}: {error}")
-            continue
-        for row in found:
-            print(f"{row.name:52} {row.seconds * 1e6:9.1f} us  {row.bytes / row.seconds / 1e12:5.2f} TB/s "
-                  f"({row.bytes / row.seconds / best['copy']:4.0%})  {row.flops / row.seconds / 1e12:6.0f} TFLOP/s "
-                  f"({row.flops / row.seconds / best['fp8']:4.0%} of FP8)", flush=True)  # fmt: skip
-        rows += found
-    facts = {"command": " ".join(sys.argv), "device": torch.cuda.get_device_name(), "torch": torch.__version__,
-             "ceilings": best, "rows": [asdict(row) for row in rows]}  # fmt: skip
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(facts, indent=1) + "\n")
+    if unknown := set(options.peers) - {*PEERS, ""}:
+        parser.error(f"--peers: {', '.join(unknown)}; there are {', '.join(PEERS)}")
+    bench = Bench(options, get_target(options.target))
+    bench.plan()
+    took = f"planned in {time.perf_counter() - bench.started:.1f} s"
+    print(f"{len(bench.rows)} cases, {len(set(bench.variants))} kernels; {took}", flush=True)
+    build(options.build or options.kernels, dict.fromkeys(bench.variants), bench.target, options.jobs)
+    print(f"built after {time.perf_counter() - bench.started:.1f} s", flush=True)
+    if options.build is not None:
+        return 0
+    bench.best = ceilings()
+    print(told(bench.best), flush=True)
+    try:
+        bench.kernels()
+        bench.peers()
+    finally:
+        bench.write()
+        bench.summary()
     return 0
 
 

@@ -4,28 +4,32 @@
 
 The artifact is compiled anywhere (`atomc compile MODEL --target h100 --no-weights`); random weights in its layouts are
 made on the device. A decode step is timed as it is served: fields of the batch copied, graph replayed, logits left on
-the device; a prefill chunk as launches. Medians; the roofline is the bytes that a step must touch over the copy rate of
-the same run, or the operations over the matrix rate.
+the device; a prefill chunk as launches. Medians; the roofline is the longer of the bytes that a step must touch over
+the copy rate of the same run, and the operations over the matrix rates of their formats. `--compare` times decode steps
+alone, with and without side streams and dependent launches, and holds the bits of their logits against one another.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
-import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from kernels import ceilings
+from stack_roofline import operations
+from stack_timing import Row, attempt, stepped
+from timing import ceilings, told
 from torch import Tensor
 
 from atomc.artifact.expr import evaluate
 from atomc.artifact.plan import SlotInfo
 from atomc.artifact.store import read_manifest
+from atomc.models.deepseek_v4.config import DeepseekV4Config, load_config
 from atomc.ops import Batch
 from atomc.runtime.executor import Executor, PoolSizes
 from atomc.runtime.loader import LoadedArtifact, read_plan
@@ -94,28 +98,10 @@ class Steps:
         return Batch(*(f.int().contiguous() for f in fields))
 
 
-def timed(step: Callable[[], Any], repeat: int) -> dict[str, float]:
-    """Median seconds of a step on the device and on the clock."""
-    for _ in range(3):
-        step()
-    torch.cuda.synchronize()
-    device, clock = [], []
-    for _ in range(repeat):
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start = time.perf_counter()
-        first.record()
-        step()
-        last.record()
-        torch.cuda.synchronize()
-        clock.append(time.perf_counter() - start)
-        device.append(first.elapsed_time(last) / 1e3)
-    return {"device_s": statistics.median(device), "wall_s": statistics.median(clock)}
-
-
-def touched(artifact: LoadedArtifact, config: dict[str, Any], tokens: int) -> float:
+def touched(artifact: LoadedArtifact, config: DeepseekV4Config, tokens: int) -> float:
     """Bytes of weights that a step of `tokens` tokens reads: of experts, those expected under uniform routing."""
     total = 0.0
-    count, chosen = config["n_routed_experts"], config["num_experts_per_tok"]
+    count, chosen = config.n_routed_experts, config.num_experts_per_tok
     hit = count * (1 - (1 - chosen / count) ** tokens)
     for call in artifact.program.calls:
         region = artifact.regions[call.region]
@@ -134,7 +120,7 @@ def touched(artifact: LoadedArtifact, config: dict[str, Any], tokens: int) -> fl
     return total
 
 
-def state_bytes(artifact: LoadedArtifact, config: dict[str, Any], requests: int, context: int) -> float:
+def state_bytes(artifact: LoadedArtifact, config: DeepseekV4Config, requests: int, context: int) -> float:
     """Bytes of state that a decode step reads: window rows, all index rows, the selected compressed rows."""
     serving, total = artifact.manifest.serving, 0.0
     for tensors in artifact.program.states.values():
@@ -144,13 +130,52 @@ def state_bytes(artifact: LoadedArtifact, config: dict[str, Any], requests: int,
             for n in tensor.shape:
                 size *= n
             if tensor.pool == "window_pages":
-                total += requests * size * min(context, config["sliding_window"]) / serving.window_page
+                total += requests * size * min(context, config.sliding_window) / serving.window_page
             elif tensor.pool == "blocks":
                 share = 1.0
                 if name == "rows" and "index_rows" in by_name:
-                    share = min(1.0, config["index_topk"] / max(context / 4, 1))
+                    share = min(1.0, config.index_topk / max(context / 4, 1))
                 total += requests * size * share * context / serving.block_tokens
     return total
+
+
+def pools_of(artifact: LoadedArtifact, requests: list[int]) -> PoolSizes:
+    """For the most of these requests, each with all that it may have."""
+    serving, most = artifact.manifest.serving, max([*requests, 1])
+    return PoolSizes(most * serving.window_table_width + 1, most * serving.block_table_width + 1, most)
+
+
+def rows(options: argparse.Namespace, profile: Path | None = None) -> Iterator[Row]:
+    """Measure decode steps and prefill chunks of `options.artifact`, with what each must touch and compute."""
+    artifact = random_artifact(options.artifact)
+    serving, config = artifact.manifest.serving, load_config(options.artifact)
+    start = time.perf_counter()
+    executor = Executor(artifact, pools_of(artifact, options.requests))
+    torch.cuda.synchronize()
+    print(f"bound, rehearsed and captured in {time.perf_counter() - start:.2f} s", flush=True)
+    steps = Steps(executor, max([*options.requests, 1]))
+    for requests in options.requests:
+        batch = steps.batch(requests, options.context - 1, 1)
+        row = Row("atomc", "decode", requests=requests, context=options.context)
+        row.bytes = touched(artifact, config, requests) + state_bytes(artifact, config, requests, options.context)
+        row.flops = operations(config, requests, 1, options.context)
+        yield attempt(row, partial(executor.step, batch), options.repeat, "cuda")
+    for tokens in (t for t in options.tokens if t <= serving.max_batch_tokens):
+        batch = steps.batch(1, 0, tokens)
+        row = Row("atomc", "prefill", tokens=tokens, chunks=1)
+        row.bytes, row.flops = touched(artifact, config, tokens), operations(config, 1, tokens, tokens)
+        yield attempt(row, partial(executor.step, batch), max(options.repeat // 4, 3), "cuda")
+    if made := compilers():
+        raise SystemExit(f"a step compiled something: {made} were imported")
+    if profile is not None:
+        profiles(executor, steps, options)
+
+
+def compilers() -> list[str]:
+    """Compilers that this process has imported: none may be, after any number of steps."""
+    return [
+        name for name in ("triton", "torch._inductor.compile_fx", "torch._dynamo.eval_frame") if name in sys.modules
+    ]
 
 
 def main() -> int:
@@ -162,43 +187,77 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, nargs="*", default=[1024, 4096, 8192])
     parser.add_argument("--repeat", type=int, default=20)
     parser.add_argument("--profile", type=Path, help="folder for tables of kernels by time")
+    parser.add_argument("--compare", action="store_true", help="decode with and without overlap of launches")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    best = ceilings()
-    name = torch.cuda.get_device_name()
-    print(f"{name}: copy {best['copy'] / 1e12:.2f} TB/s, bf16 {best['bf16'] / 1e12:.0f}, FP8 {best['fp8'] / 1e12:.0f}")
-    artifact = random_artifact(options.artifact)
-    serving = artifact.manifest.serving
-    config = json.loads((options.artifact / "config.json").read_text())
-    most = max([*options.requests, 1])
-    pools = PoolSizes(most * serving.window_table_width + 1, most * serving.block_table_width + 1, most)
-    start = time.perf_counter()
-    executor = Executor(artifact, pools)
-    torch.cuda.synchronize()
-    print(f"bound, rehearsed and captured in {time.perf_counter() - start:.2f} s")
-    steps, rows = Steps(executor, most), []
-    for requests in options.requests:
-        batch = steps.batch(requests, options.context - 1, 1)
-        row = {"step": "decode", "requests": requests, "context": options.context}
-        row |= timed(lambda batch=batch: executor.step(batch), options.repeat)
-        row["bytes"] = touched(artifact, config, requests)
-        row["bytes"] += state_bytes(artifact, config, requests, options.context)
-        row["share_of_copy"] = row["bytes"] / row["device_s"] / best["copy"]
-        rows.append(row)
-        print(row, flush=True)
-    for tokens in (t for t in options.tokens if t <= serving.max_batch_tokens):
-        batch = steps.batch(1, 0, tokens)
-        row = {"step": "prefill", "tokens": tokens}
-        row |= timed(lambda batch=batch: executor.step(batch), max(options.repeat // 4, 3))
-        rows.append(row)
-        print(row, flush=True)
-    if options.profile is not None:
-        profiles(executor, steps, options)
+    if options.compare:
+        return compare(options)
+    best, found = ceilings(), []
+    print(told(best), flush=True)
+    for row in rows(options, options.profile):
+        row.compare(best)
+        found.append(row.known())
+        print(row.known(), flush=True)
     if options.out is not None:
-        facts = {"command": " ".join(sys.argv), "device": name, "torch": torch.__version__, "ceilings": best,
-                 "artifact": artifact.manifest.model, "layers": config["compress_ratios"], "rows": rows}  # fmt: skip
+        config = load_config(options.artifact)
+        facts = {
+            "command": " ".join(sys.argv), "device": torch.cuda.get_device_name(), "torch": torch.__version__,
+            "compilers imported": compilers(), "ceilings": best, "artifact": options.artifact.stem,
+            "layers": list(config.compress_ratios), "rows": found,
+        }  # fmt: skip
         options.out.write_text(json.dumps(facts, indent=1) + "\n")
     return 0
+
+
+WAYS = {
+    "one after the other": {"side_streams": False, "dependent_launches": False},
+    "side streams": {"side_streams": True, "dependent_launches": False},
+    "dependent launches": {"side_streams": False, "dependent_launches": True},
+    "both": {"side_streams": True, "dependent_launches": True},
+}
+
+
+def compare(options: argparse.Namespace) -> int:
+    """Decode steps in each of `WAYS`. Returns 1 if their logits differ in a bit."""
+    artifact = random_artifact(options.artifact)
+    pools = pools_of(artifact, options.requests)
+    expected: dict[int, Tensor] = {}
+    different = 0
+    for way, flags in WAYS.items():
+        start = time.perf_counter()
+        executor = Executor(artifact, pools, **flags)
+        torch.cuda.synchronize()
+        print(f"{way}: bound, rehearsed and captured in {time.perf_counter() - start:.2f} s")
+        torch.manual_seed(0)
+        steps = Steps(executor, max([*options.requests, 1]))
+        for requests in options.requests:
+            bits = decoded(executor, steps, requests)
+            same = int((bits == expected.setdefault(requests, bits)).sum())
+            different += bits.numel() - same
+            batch = steps.batch(requests, options.context - 1, 1)
+            row = {"way": way, "requests": requests, "context": options.context}
+            row |= stepped(partial(executor.step, batch), options.repeat)
+            print(row | {"same_logits": f"{same} of {bits.numel()}"}, flush=True)
+        del executor
+        gc.collect()
+        torch.cuda.empty_cache()
+    print("all logits agree to the bit" if not different else f"{different} rows of logits DIFFER")
+    return int(different > 0)
+
+
+def decoded(executor: Executor, steps: Steps, requests: int, count: int = 32) -> Tensor:
+    """The bits of each request's logits [count, requests], summed, of decode steps after a prefill."""
+    length = min(512, executor.serving.max_batch_tokens // requests)
+    executor.step(steps.batch(requests, 0, length))
+    found = []
+    for at in range(count):
+        logits = executor.step(steps.batch(requests, length + at, 1))
+        if not logits.isfinite().all():
+            raise SystemExit(
+                f"logits of {requests} requests are not finite at token {length + at}: they compare nothing"
+            )
+        found.append(logits.view(torch.int32).sum(1))
+    return torch.stack(found)
 
 
 def profiles(executor: Executor, steps: Steps, options: argparse.Namespace) -> None:

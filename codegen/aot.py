@@ -16,6 +16,7 @@ import re
 import subprocess
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 from multiprocessing import get_context
@@ -26,12 +27,14 @@ from typing import Any
 import msgspec
 
 from atomc.artifact.kernels import KernelFacts
+from atomc.codegen.dependent import WAITS, waiting_kernels
 from atomc.codegen.device import Variant
 from atomc.codegen.source import kernel_of, source_of
 from atomc.errors import AtomcError
 from atomc.targets import Target, get_target
 
-FACTS = 2  # the version of what is read from a code object; part of the key
+FACTS = 3  # the version of what is read from a code object; part of the key
+MATRIX = r"\b((?:wgmma\.mma_async|tcgen05\.mma|mma(?=\.m\d))[\w.:]*)"  # in PTX, without .sync.aligned
 TENSOR_MEMORY = 512  # columns of it, on sm_100
 
 
@@ -57,6 +60,7 @@ def key(variant: Variant, target: Target) -> str:
         FACTS, variant.name, variant.kernel.cache_key, variant.signature, [(k, repr(v)) for k, v in variant.constants],
         variant.warps, variant.stages, sorted(variant.aligned), target.name, target.arch, triton.__version__,
     ]  # fmt: skip
+    known += [WAITS] if target.dependent_launch else []
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:20]
 
 
@@ -80,7 +84,11 @@ def build(variant: Variant, target: Target) -> Binary:
     where = GPUTarget(target.triton.backend, target.triton.arch, target.triton.warp_size)
     try:
         # `Store` is the cache; Triton's own would keep each stage of each kernel as well, and only ever grow.
-        with triton.knobs.cache.scope(), TemporaryDirectory(prefix="atomc-triton-") as scratch:
+        with (
+            triton.knobs.cache.scope(),
+            TemporaryDirectory(prefix="atomc-triton-") as scratch,
+            waiting_kernels() if target.dependent_launch else nullcontext(),
+        ):
             triton.knobs.cache.dir = scratch
             made = triton.compile(source, where, options={"num_warps": variant.warps, "num_stages": variant.stages})
     except Exception as error:
@@ -131,7 +139,8 @@ def _binary(made: Any, variant: Variant, target: Target) -> Binary:
     read, kind = (_amd, "hsaco") if target.vendor == "amd" else (_nvidia, "cubin")
     known = {
         "name": made.metadata.name, "target": target.name, "signature": [kind for _, kind in variant.signature],
-        "warps": made.metadata.num_warps, "wavefront": target.wavefront, "shared": made.metadata.shared,
+        "warps": made.metadata.num_warps, "wavefront": target.wavefront, "stages": variant.stages,
+        "shared": made.metadata.shared,
         "constants": {name: str(value) for name, value in variant.constants},
     }  # fmt: skip
     return Binary(made.asm[kind], KernelFacts(**known, **read(made)))
@@ -168,8 +177,8 @@ def _nvidia(made: Any) -> dict[str, Any]:
     wide = len(re.findall(r"ld\.global[\w.:]*\.v4\.b32|ld\.global[\w.:]*\.v2\.b64|cp\.async\.cg[^;]*, 0x10", text))
     return {
         "registers": usage.get("REG", 0), "spills": usage.get("STACK", 0), "scalar_spills": 0,
-        "matrix": _count(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)[\w.:]*", text), "loads": sum(loads.values()),
-        "wide_loads": wide + loads.get("cp.async.bulk.tensor", 0),
+        "matrix": _count(MATRIX, text.replace(".sync.aligned", "")), "loads": sum(loads.values()),
+        "wide_loads": wide + loads.get("cp.async.bulk.tensor", 0), "dependent": WAITS in text,
     }  # fmt: skip
 
 

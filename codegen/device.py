@@ -12,13 +12,15 @@ Terms:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from atomc.codegen.tuning import STATIC
+from atomc.ops.library import CALLS
 from atomc.targets import Target
 
 # Triton's name of each dtype; E8M0 scales and packed FP4 are bytes to a kernel.
@@ -44,18 +46,33 @@ class Device(Protocol):
 
     def launch(
         self, kernel: Any, grid: tuple[int, ...], args: Mapping[str, Any], constants: Mapping[str, Any],
-        warps: int = 4, stages: int = 3,
+        warps: int = 4, stages: int = 3, origin: str = STATIC,
     ) -> None:  # fmt: skip
-        """Launch a Triton kernel; `args` are run-time arguments by parameter name, in the kernel's order."""
+        """Launch a Triton kernel; `args` are run-time arguments by parameter name, in the kernel's order.
+
+        `origin`: who chose the configuration.
+        """
+
+    def library(self, name: str, arguments: Callable[[], Sequence[Tensor]]) -> bool:
+        """Offer a library's call (`atomc.ops.library`) in place of what is launched next; true if it was made.
+
+        `arguments` launches what goes before it, and gives its tensors.
+        """
 
 
 @dataclass
 class TorchDevice:
-    """Runs kernels through Triton itself: on a GPU, or on the CPU in the interpreter (`TRITON_INTERPRET=1`)."""
+    """Runs kernels through Triton itself: on a GPU, or on the CPU in the interpreter (`TRITON_INTERPRET=1`).
+
+    Attributes:
+        libraries: names of the library's calls that are made where they are offered. offered: those that were.
+    """
 
     target: Target
     tokens: int
     device: str = "cuda"
+    libraries: frozenset[str] = frozenset()
+    offered: set[str] = field(default_factory=set)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Poisoned, so that what a kernel does not write is seen."""
@@ -65,11 +82,20 @@ class TorchDevice:
 
     def launch(
         self, kernel: Any, grid: tuple[int, ...], args: Mapping[str, Any], constants: Mapping[str, Any],
-        warps: int = 4, stages: int = 3,
+        warps: int = 4, stages: int = 3, origin: str = STATIC,
     ) -> None:  # fmt: skip
         """Launch through Triton's own launcher."""
         given = {name: _bytes(value) for name, value in args.items()}
         kernel[grid](**given, **constants, num_warps=warps, num_stages=stages)
+
+    def library(self, name: str, arguments: Callable[[], Sequence[Tensor]]) -> bool:
+        """Make the call, if it is one of `libraries`."""
+        self.offered.add(name)
+        given = arguments() if name in self.libraries else ()
+        if not given or not CALLS[name].fits(given[0]):
+            return False
+        CALLS[name].run(*given)
+        return True
 
 
 def _bytes(value: Any) -> Any:
@@ -117,13 +143,18 @@ class Recorder:
 
     def launch(
         self, kernel: Any, grid: tuple[int, ...], args: Mapping[str, Any], constants: Mapping[str, Any],
-        warps: int = 4, stages: int = 3,
+        warps: int = 4, stages: int = 3, origin: str = STATIC,
     ) -> None:  # fmt: skip
         """Record the launch."""
         signature = tuple((name, type_of(value)) for name, value in args.items())
         aligned = frozenset(name for name, kind in signature if kind.startswith("*"))
         variant = Variant(kernel, signature, tuple(sorted(constants.items())), warps, stages, aligned)
         self.launches.append((variant, tuple(grid)))
+
+    def library(self, name: str, arguments: Callable[[], Sequence[Tensor]]) -> bool:
+        """Record what goes before the call, and go on with what does without it."""
+        arguments()
+        return False
 
     @property
     def variants(self) -> list[Variant]:

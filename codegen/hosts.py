@@ -22,6 +22,7 @@ FAMILIES: Final = {
     ),
     "indexer": ("index_rope_topk", "index_topk"),
     "moe": ("scaled_moe_experts",),
+    "moe_plain": ("moe_experts",),
     "norm": ("rms_norm", "rms_norm_pair", "rms_norm_pair_quant", "rope"),
     "quantize": ("hadamard", "quantize"),
     "router": ("route_hash", "route_topk"),
@@ -30,7 +31,11 @@ FAMILIES: Final = {
     "swiglu": ("swiglu", "swiglu_quant"),
 }  # fmt: skip
 HOSTS: Final = {f"atom.{op}.default": (f"kernels.{module}", op) for module, ops in FAMILIES.items() for op in ops} | {
+    "aten.bmm.default": ("kernels.gemm", "bmm"),
+    "aten.clone.default": ("kernels.copy", "clone"),
+    "aten.contiguous.default": ("kernels.copy", "contiguous"),
     "aten.linear.default": ("kernels.gemm", "linear"),
+    "aten.reshape.default": ("kernels.copy", "reshape"),
     "atom.pointwise.default": ("pointwise", "pointwise"),
 }
 

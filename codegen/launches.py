@@ -11,42 +11,63 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from atomc.artifact.expr import evaluate
-from atomc.artifact.plan import Launch, Scalar, Size, Slot
+from atomc.artifact.plan import Bucket, Scalar, Size, Slot
 from atomc.codegen.aot import key
 from atomc.codegen.device import Recorder, Variant
 from atomc.codegen.hosts import Host
+from atomc.codegen.tuning import STATIC
 from atomc.targets import Target
 
 SizeOf = Callable[[Any], Scalar]
 Place = tuple[int, str]
 
 
+class Call(NamedTuple):
+    """A launch; tensors among its arguments are still fake."""
+
+    variant: Variant
+    grid: tuple[Any, ...]
+    arguments: list[Any]
+    origin: str
+
+
+@dataclass
+class Offer:
+    """A library's call, its arguments, and what is launched before it."""
+
+    name: str
+    arguments: list[Any]
+    launches: list[Call]
+
+
 @dataclass
 class Made:
-    """The launches of one bucket: kernel, grid and arguments; tensors are still fake.
+    """The launches of one bucket.
 
     Attributes:
-        results: of the host function. allocated: everything it allocated, in order.
+        results: of the host function. allocated: everything it allocated, in order. library: what it offers instead.
     """
 
     tokens: int
-    launches: list[tuple[Variant, tuple[Any, ...], list[Any]]]
+    launches: list[Call]
     results: list[Tensor]
     allocated: list[Tensor]
+    library: Offer | None
 
 
 @dataclass
 class SymbolicRecorder(Recorder):
     """Records launches with their symbolic grids and arguments."""
 
-    calls: list[tuple[Variant, tuple[Any, ...], list[Any]]] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
+    offer: Offer | None = None
     allocated: list[Tensor] = field(default_factory=list)
     place: str = "cpu"
 
@@ -57,11 +78,19 @@ class SymbolicRecorder(Recorder):
         return made
 
     def launch(
-        self, kernel: Any, grid: tuple[int, ...], args: Any, constants: Any, warps: int = 4, stages: int = 3
-    ) -> None:
+        self, kernel: Any, grid: tuple[int, ...], args: Any, constants: Any, warps: int = 4, stages: int = 3,
+        origin: str = STATIC,
+    ) -> None:  # fmt: skip
         """Record a launch and its arguments."""
         super().launch(kernel, grid, args, constants, warps, stages)
-        self.calls.append((self.launches[-1][0], tuple(grid), list(args.values())))
+        self.calls.append(Call(self.launches[-1][0], tuple(grid), list(args.values()), origin))
+
+    def library(self, name: str, arguments: Callable[[], Sequence[Tensor]]) -> bool:
+        """Record the call and what goes before it; a host function offers one at most."""
+        kept, self.calls = self.calls, []
+        given = list(arguments())
+        self.offer, self.calls = Offer(name, given, self.calls), kept
+        return False
 
 
 def record(
@@ -72,12 +101,12 @@ def record(
     with mode, nullcontext() if mode.shape_env is None else mode.shape_env.suppress_guards():
         result = host(device, *arguments, **kwargs)
     results = [] if result is None else list(result) if isinstance(result, (list, tuple)) else [result]
-    return Made(tokens, device.calls, results, device.allocated)
+    return Made(tokens, device.calls, results, device.allocated, device.offer)
 
 
 def differs(
-    launches: Sequence[Launch], host: Host, arguments: Sequence[Any], kwargs: dict[str, Any], target: Target,
-    tokens: int, size_of: SizeOf, symbols: Mapping[str, int],
+    bucket: Bucket, host: Host, arguments: Sequence[Any], kwargs: dict[str, Any], target: Target,
+    size_of: SizeOf, symbols: Mapping[str, int],
 ) -> str:  # fmt: skip
     """How the plan's launches differ from what the host function launches for sizes `symbols`; empty: not at all."""
 
@@ -91,11 +120,12 @@ def differs(
         shape, stride = ([real(n) for n in sizes] for sizes in (value.shape, value.stride()))
         return torch.empty_strided(shape, stride, dtype=value.dtype, device="meta")
 
-    device = SymbolicRecorder(target, tokens, place="meta")
+    device = SymbolicRecorder(target, bucket.tokens, place="meta")
     host(device, *map(real, arguments), **kwargs)
-    if len(device.calls) != len(launches):
-        return f"{len(launches)} launches, but {len(device.calls)} for {symbols}"
-    for launch, (variant, grid, given) in zip(launches, device.calls, strict=True):
+    calls, launches = device.calls + (device.offer.launches if device.offer else []), bucket.every_launch
+    if len(calls) != len(launches) or (device.offer is None) != (bucket.library is None):
+        return f"{len(launches)} launches, but {len(calls)} for {symbols}"
+    for launch, (variant, grid, given, _) in zip(launches, calls, strict=True):
         planned = [_evaluated(g, symbols) for g in launch.grid]
         if launch.kernel != kernel_key(variant, target) or planned != list(grid):
             return f"{variant.name} has grid {launch.grid}, which is {planned}, but for {symbols} grid {list(grid)}"

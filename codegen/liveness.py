@@ -1,5 +1,7 @@
 """Lifetimes: when each slot's storage is first and last used, what each step releases, and the arena's offsets.
 
+Steps also get their streams here, for two buffers may share bytes only if no stream has both in use at one time.
+
 Terms:
     owner    the slot whose storage a slot has: itself, or the one it views; a storage lives as long as any view of it.
     value    a slot that outlives the region, or came from before it; its memory is the program's, not the arena's.
@@ -12,8 +14,10 @@ from dataclasses import dataclass, replace
 import msgspec
 
 from atomc.artifact.buffers import Buffer
+from atomc.artifact.order import apart
 from atomc.artifact.plan import RegionInput, RegionPlan, Role, SlotInfo, Step, slots_of
 from atomc.codegen.memory import place
+from atomc.codegen.streams import assign
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,8 @@ def finish(
     """The region's plan from its slots and steps; outputs must not own an input's storage other than a value's."""
     kept = {values[slot].owner for slot in outputs.values()}
     values = [replace(v, role="value") if v.owner in kept and v.role == "temporary" else v for v in values]
+    owner = [v.owner for v in values]
+    steps = assign(steps, values, owner)
     first = _definitions(values, steps)
     last = _last_uses(values, steps, first)
     last.update(dict.fromkeys(kept, len(steps)))
@@ -43,7 +49,8 @@ def finish(
         for slot, v in enumerate(values)
         if v.owner == slot and v.role == "temporary"
     ]
-    offsets, arena = place(buffers)
+    may_share = apart(steps, owner)
+    offsets, arena = place(buffers, lambda a, b: a.meets(b) or not may_share(a.id, b.id))
     slots = [
         SlotInfo(
             name=v.name,

@@ -33,6 +33,7 @@ from atomc.artifact.plan import (
     Bucket,
     DType,
     Launch,
+    LibraryCall,
     RegionInput,
     RegionPlan,
     Role,
@@ -43,7 +44,7 @@ from atomc.artifact.plan import (
 )  # fmt: skip
 from atomc.codegen.device import Variant
 from atomc.codegen.hosts import Host, host_of
-from atomc.codegen.launches import argument, differs, kernel_key, place, record
+from atomc.codegen.launches import Call, Place, SizeOf, argument, differs, kernel_key, place, record
 from atomc.codegen.liveness import Value, finish
 from atomc.errors import AtomcError
 from atomc.targets import Target
@@ -126,19 +127,37 @@ class Lowering:
         role: Role = "prepared" if self._is_prepared(node) else "temporary"
         results = self._results(node, trial, role)
         steps = self.prepare if role == "prepared" else self.steps
-        buckets = self._buckets(node, results) if role != "prepared" else []
-        steps.append(Step(_qualified(node.target), args, kwargs, results, [], self.where(node), buckets))
+        op, launched = _qualified(node.target), role != "prepared" and not self._are_views(results)
+        buckets = self._buckets(node, op, node.args, dict(node.kwargs), results) if launched else []
+        steps.append(Step(op, args, kwargs, results, [], self.where(node), buckets))
 
-    def _buckets(self, node: Node, results: list[int | None]) -> list[Bucket]:
+    def _are_views(self, results: list[int | None]) -> bool:
+        """Whether a call makes no data: each result has the storage of an older slot."""
+        owned = [self.values[slot].owner != slot for slot in results if slot is not None]
+        return bool(owned) and all(owned)
+
+    def _buckets(
+        self, node: Node, op: str, args: tuple[Any, ...], kwargs: dict[str, Any], results: list[int | None]
+    ) -> list[Bucket]:
         """The launches that compute a call, for each bucket; none where torch's own kernel does."""
-        host = host_of(_qualified(node.target), self.target)  # type: ignore[arg-type]
-        return [] if host is None else [self._bucket(node, host, tokens, results) for tokens in self.tokens]
+        host = host_of(op, self.target)
+        if host is None:
+            return []
+        for trial in (self._trial[slot] for slot in results if slot is not None):
+            if not trial.is_contiguous():
+                raise self._error(node, f"{op} gives strides {trial.stride()}; a kernel gives contiguous results")
+        return [self._bucket(node, host, args, kwargs, tokens, results) for tokens in self.tokens]
 
-    def _bucket(self, node: Node, host: Host, tokens: int, results: list[int | None]) -> Bucket:
-        tensors = [n for n in node.all_input_nodes if isinstance(n.meta["val"], FakeTensor)]
-        values = [map_arg(a, lambda n: n.meta["val"]) for a in node.args]
+    def _bucket(
+        self, node: Node, host: Host, args: tuple[Any, ...], kwargs: dict[str, Any], tokens: int,
+        results: list[int | None],
+    ) -> Bucket:  # fmt: skip
+        read: list[Node] = []
+        map_arg((args, kwargs), read.append)
+        tensors = [n for n in read if isinstance(n.meta["val"], FakeTensor)]
+        values = [map_arg(a, lambda n: n.meta["val"]) for a in args]
         try:
-            made = record(host, values, dict(node.kwargs), self.target, tokens, tensors[0].meta["val"].fake_mode)
+            made = record(host, values, kwargs, self.target, tokens, tensors[0].meta["val"].fake_mode)
         except (RuntimeError, TypeError, ValueError, AssertionError) as error:
             raise self._error(node, f"its kernel for {self.target.name} takes no such call: {error}") from error
         slots = {place(n.meta["val"]): self.ids[n] for n in tensors}
@@ -150,17 +169,26 @@ class Lowering:
                 slots[place(value)] = self._scratch(f"{node.name}_scratch", value, node, most)
                 scratch.append(slots[place(value)])
         size_of = partial(self._size, node=node)
-        launches = []
-        for variant, grid, arguments in made.launches:
-            name = kernel_key(variant, self.target)
-            self.variants[name] = variant
-            sizes = [s.expr if isinstance(s, Size) else s for s in map(size_of, grid)]
-            launches.append(Launch(name, sizes, [argument(a, slots, size_of) for a in arguments]))
+        launches = self._launches(made.launches, slots, size_of)
+        library = None
+        if (offer := made.library) is not None:
+            given = [argument(a, slots, size_of) for a in offer.arguments]
+            library = LibraryCall(offer.name, given, self._launches(offer.launches, slots, size_of))
+        bucket = Bucket(tokens, launches, scratch, library)
         # Not of size 1: a dim of it that is known would be one that is broadcast.
         for symbols in ({name: max(size, 2) for name, size in most.items()}, dict.fromkeys(most, 2)):
-            if found := differs(launches, host, values, dict(node.kwargs), self.target, tokens, size_of, symbols):
+            if found := differs(bucket, host, values, kwargs, self.target, size_of, symbols):
                 raise self._error(node, f"its launches do not follow the sizes: {found}")
-        return Bucket(tokens, launches, scratch)
+        return bucket
+
+    def _launches(self, calls: Sequence[Call], slots: Mapping[Place, int], size_of: SizeOf) -> list[Launch]:
+        launches = []
+        for variant, grid, arguments, origin in calls:
+            name = kernel_key(variant, self.target)
+            self.variants[name] = variant
+            sizes: list[Any] = [s.expr if isinstance(s, Size) else s for s in map(size_of, grid)]
+            launches.append(Launch(name, sizes, [argument(a, slots, size_of) for a in arguments], origin))
+        return launches
 
     def _scratch(self, name: str, value: Tensor, node: Node, bounds: Mapping[str, int]) -> int:
         """A slot for memory that a step needs while it runs."""
@@ -252,7 +280,9 @@ class Lowering:
         if trial.is_contiguous():
             return slot
         whole = self._slot(f"{node.name}_contiguous", "temporary", node.meta["val"], trial.contiguous(), node)
-        self.steps.append(Step("aten.contiguous.default", [Slot(slot)], {}, [whole], [], self.where(node)))
+        op = "aten.contiguous.default"
+        buckets = self._buckets(node, op, (node,), {}, [whole])
+        self.steps.append(Step(op, [Slot(slot)], {}, [whole], [], self.where(node), buckets))
         return whole
 
     def _argument(self, value: Any, node: Node) -> Arg:

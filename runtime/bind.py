@@ -24,14 +24,17 @@ Getter = Callable[[Environment, Sizes], Any]
 class BoundStep:
     """One step. `run` leaves releasing to its caller, who may look at the environment before.
 
-    `fixed` is the environment it will run in copies of; constants are appended to it.
+    `fixed` is the environment it will run in copies of; constants are appended to it. What a step makes of sizes alone
+    is made on `device`.
     """
 
-    def __init__(self, step: Step, fixed: Environment) -> None:
+    def __init__(self, step: Step, fixed: Environment, device: torch.device | None = None) -> None:
         self.function = resolve(step.op)
         self.computed: list[tuple[int, Getter]] = []  # place in the environment, how to fill it
         self.gather = _gatherer([self._place(a, fixed) for a in step.args])
         self.constants = {k: _constant(v) for k, v in step.kwargs.items() if _is_constant(v)}
+        if device is not None and makes(step.op):
+            self.constants["device"] = device
         self.kwargs = {k: getter_of(v) for k, v in step.kwargs.items() if not _is_constant(v)}
         self.outputs = step.outputs
         self.output = step.outputs[0] if len(step.outputs) == 1 else None
@@ -72,6 +75,13 @@ def resolve(op: str) -> Callable[..., Any]:
         return OPS[name].cpu
     function: Callable[..., Any] = getattr(getattr(getattr(torch.ops, namespace), name), overload)
     return getattr(function, "_op", function)
+
+
+def makes(op: str) -> bool:
+    """Whether an operator of the plan is one of torch's factories, which are told a device."""
+    namespace, name, overload = op.split(".")
+    schema = getattr(getattr(getattr(torch.ops, namespace), name), overload)._schema
+    return any(a.name == "device" and a.kwarg_only for a in schema.arguments)
 
 
 def value_of(arg: Arg, env: Environment, sizes: Sizes) -> Any:

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from atomc.artifact.order import SIDE_TOKENS
 from atomc.artifact.plan import CallPlan, RegionPlan, StateTensor
 from atomc.artifact.store import ArtifactError
 from atomc.ops import Batch
@@ -80,8 +81,10 @@ class BoundCall:
         written = {slot: name for name, slot in reversed(self.outputs) if slot in made}
         buffers = {} if memory is None else {s: memory.take(name, plan.slots[s]) for s, name in written.items()}
         self.steps = [
-            LaunchStep(step, plan, gpu, buffers) if gpu is not None and step.buckets else BoundStep(step, self.fixed)
-            for step in plan.steps
+            LaunchStep(at, plan, gpu, buffers)
+            if gpu is not None and step.buckets
+            else BoundStep(step, self.fixed, None if gpu is None else gpu.device)
+            for at, step in enumerate(plan.steps)
         ]
 
     def _prepare(self, prefix: str) -> None:
@@ -137,7 +140,10 @@ class Executor:
         states: the caches of all layers by `prefix + name`.
     """
 
-    def __init__(self, artifact: LoadedArtifact, pools: PoolSizes) -> None:
+    def __init__(
+        self, artifact: LoadedArtifact, pools: PoolSizes, *, side_streams: bool = True, dependent_launches: bool = True
+    ) -> None:
+        """Bind, rehearse, capture. The flags are there to measure what each brings to a decode step on a GPU."""
         self.folder, self.serving = artifact.folder, artifact.manifest.serving
         self.tokenizer_path = artifact.folder / "tokenizer.json"
         self.pools = pools
@@ -158,8 +164,8 @@ class Executor:
         self.staging = None if self.gpu is None else Staging(self.serving, self.bounds, self.device)
         self.graphs: DecodeGraphs | None = None
         self.rehearse()
-        if self.staging is not None:
-            self.graphs = self._capture(self.staging)
+        if self.staging is not None and self.gpu is not None:
+            self.graphs = self._capture(self.staging, self.gpu, side_streams, dependent_launches)
 
     @classmethod
     def load(
@@ -197,19 +203,21 @@ class Executor:
 
     def _run(self, fields: Mapping[str, Tensor], sizes: Sizes, watch: Watch | None = None) -> Tensor:
         values: dict[str, Tensor] = {}
-        with self.device:
-            for call in self.calls:
-                call.run(fields, values, sizes, watch)
+        for call in self.calls:
+            call.run(fields, values, sizes, watch)
+            if self.gpu is not None:
+                self.gpu.join()
         return values["logits"]
 
     @torch.inference_mode()
-    def _capture(self, staging: Staging) -> DecodeGraphs:
+    def _capture(self, staging: Staging, gpu: Gpu, aside: bool, dependent: bool) -> DecodeGraphs:
         """Graphs of decode steps; what they wrote is padding."""
         names = ("T", "B", "N4", "NH", "L")
         pools = {name: self.pools.of(name) for name in ("window_pages", "blocks", "slots")}
 
         def run(fields: Mapping[str, Tensor], requests: int) -> Tensor:
-            return self._run(fields, {**dict.fromkeys(names, requests), **pools})
+            with gpu.on_streams(aside and requests <= SIDE_TOKENS, dependent):
+                return self._run(fields, {**dict.fromkeys(names, requests), **pools})
 
         most = min(self.num_slots, *(self.bounds[name] for name in names))
         graphs = DecodeGraphs(staging, most, self.num_slots, run)

@@ -18,6 +18,8 @@ from pathlib import Path
 import pytest
 
 import atomc
+from atomc.cli.compile import _kernels
+from atomc.codegen import hosts
 from tests.support.artifact import LAYERS, ONE_LAYER, write_checkpoint
 from tests.support.cli import PROGRAM, Cli, environment, run_apart, start
 
@@ -93,7 +95,11 @@ def test_compile_stops_after_a_pass_and_dumps_the_graphs(cli: Cli, tmp_path: Pat
     assert "atom.hc_head" in (dump / "head" / "03_fuse_hc_head.py").read_text()
 
 
-def test_a_gpu_target_says_which_operators_have_no_kernel(cli: Cli, tmp_path: Path) -> None:
+def test_a_gpu_target_says_which_operators_have_no_kernel(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for op in ("atom.moe_experts.default", "aten.bmm.default"):
+        monkeypatch.delitem(hosts.HOSTS, op)
     model, output = write_checkpoint(tmp_path / "model", **ONE_LAYER), tmp_path / "out.atom"
     options = ("--target", "mi355x", "-o", output, "--scheme", "none")
     ran = cli("compile", model, *options)
@@ -103,6 +109,17 @@ def test_a_gpu_target_says_which_operators_have_no_kernel(cli: Cli, tmp_path: Pa
     assert error["exit_code"] == 6
     assert {"op", "region", "count", "source"} == set(error["missing"][0])
     assert "aten.bmm.default" in {missing["op"] for missing in error["missing"]}
+
+
+def test_what_is_wrong_with_kernels_is_shown() -> None:
+    assert _kernels(7, {}) == "7, none with faults in the assembly"
+    faults = {
+        f"gemm {i}": ["a product without matrix instructions", "none of its 3 loads has 16 bytes"] for i in range(5)
+    }
+    first, *named, more = _kernels(7, faults).split("\n")
+    assert first == "7, 5 with faults in the assembly" and len(named) == 3
+    assert named[0] == "gemm 0: a product without matrix instructions; none of its 3 loads has 16 bytes"
+    assert more == "and 2 more: --json lists them"
 
 
 def _sha256(path: Path) -> str:

@@ -50,6 +50,11 @@ def readme_lines(root: Path) -> Iterator[str]:
     yield f"| {result(root, 'eval_nano')['bits_per_byte']:.4f} bits/byte as shipped"
 
 
+def kernel_lines(root: Path) -> Iterator[str]:
+    """What README.md says of compiling for a GPU."""
+    yield from importlib.import_module("compile_kernels").prose(result(root, "compile_kernels")["rows"])
+
+
 def packing_lines(root: Path) -> Iterator[str]:
     """What README.md says of packing."""
     stored = [row for run in ("cold", "warm") for row in packing_rows(root, "native", "amax", run)]
@@ -88,13 +93,29 @@ def document_lines(root: Path) -> Iterator[str]:
     yield f"{row['source_bytes'] / 1e9:.1f} GB of bf16 into {row['bytes'] / 1e9:.2f} GB"
 
 
+def prediction_lines(root: Path) -> Iterator[str]:
+    """The table of docs/inspect.md, and what it says of the kernels of a prefill."""
+    rows = result(root, "predictions_h100")["rows"]
+    for row in rows:
+        seconds, known, seen = (row[f"{name}_s"] for name in ("measured", "predicted", "with_rates_of_that_run"))
+        time = f"{seconds * 1e3:.{2 if 'decode' in row['step'] else 1}f}"
+        shares = [f"{predicted / seconds:.0%}".replace("%", " %") for predicted in (known, seen)]
+        yield f"| {time} | {known * 1e3:.2f} | {shares[0]} | {seen * 1e3:.2f} | {shares[1]} |"
+    yield f"where the plan has {rows[0]['launches']} of kernels"
+    kernels = {name: f"{seconds * 1e3:.1f}" for name, seconds in rows[-1]["kernels"].items()}
+    yield f"(predicted {kernels['experts_in']}), experts out 8.8 ({kernels['experts_out']}), FP8 linears 10.6 "
+    yield f"FP8 linears 10.6 ({kernels['scaled_gemm']}), attention 9.7 ({kernels['attend']})"
+
+
 def missing(page: Path, lines: Iterator[str]) -> list[str]:
     """Lines that a page does not have; where it breaks its lines does not matter."""
     text = " ".join(page.read_text(encoding="utf-8").split())
     return [line for line in lines if line not in text]
 
 
-def test_the_readme_states_what_was_measured(repo_root: Path) -> None:
+def test_the_readme_states_what_was_measured(repo_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [str(repo_root / "benchmarks"), *sys.path])
+    assert missing(repo_root / "README.md", kernel_lines(repo_root)) == []
     assert missing(repo_root / "README.md", readme_lines(repo_root)) == []
     assert missing(repo_root / "README.md", packing_lines(repo_root)) == []
 
@@ -103,6 +124,10 @@ def test_the_document_on_quantisation_states_what_was_measured(repo_root: Path) 
     assert missing(repo_root / "docs" / "quantization.md", document_lines(repo_root)) == []
     rows = quantization_rows(repo_root)
     assert rows["shipped", "mxfp4"]["loss"] / rows["shipped", "native"]["loss"] == pytest.approx(10, rel=0.1)
+
+
+def test_the_document_on_predictions_states_them_beside_what_was_measured(repo_root: Path) -> None:
+    assert missing(repo_root / "docs" / "inspect.md", prediction_lines(repo_root)) == []
 
 
 def test_its_tables_and_its_picture_are_those_of_the_results(
@@ -126,6 +151,9 @@ def test_stored_results_meet_their_limits(repo_root: Path, monkeypatch: pytest.M
     verdicts = importlib.import_module("compile_time").verdicts(result(repo_root, "compile_time")["rows"])
     assert len(verdicts) == 10
     assert all(line.startswith("met") for line in verdicts)
+    verdicts = importlib.import_module("compile_kernels").verdicts(result(repo_root, "compile_kernels")["rows"])
+    assert len(verdicts) == 12
+    assert all(line.startswith("met") for line in verdicts)
     measured = result(repo_root, "quantization")
     assert importlib.import_module("quantization").verdict(measured["rows"]) == ""
 
@@ -134,7 +162,7 @@ def test_stored_results_meet_their_limits(repo_root: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("missed", [False, True])
-@pytest.mark.parametrize("name", ["pack", "compile_time", "quantization"])
+@pytest.mark.parametrize("name", ["pack", "compile_time", "compile_kernels", "quantization"])
 def test_a_missed_limit_ends_with_1_and_nothing_is_written(
     repo_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, missed: bool
 ) -> None:
@@ -142,10 +170,12 @@ def test_a_missed_limit_ends_with_1_and_nothing_is_written(
     bench, rows, out = importlib.import_module(name), result(repo_root, name)["rows"], tmp_path / "out.json"
     if missed:
         at = next(i for i, row in enumerate(rows) if name != "quantization" or row["name"] == "native")
-        rows[at] |= {"peak_bytes": 5 << 30, "loss": 0.011}
+        rows[at] |= {"peak_bytes": 7 << 30, "loss": 0.011}
     arguments = ["--out", str(out)]
     if name == "pack":
         monkeypatch.setattr(bench, "measure", lambda *_: rows)
+    elif name == "compile_kernels":
+        monkeypatch.setattr(bench, "measure", lambda model, _: [row for row in rows if row["model"] == model])
     elif name == "compile_time":
         found = iter(sorted(rows, key=lambda row: (row["dtype"] == "bfloat16", row["model"])))
         monkeypatch.setattr(bench, "measure", lambda *_: next(found))

@@ -12,6 +12,7 @@ from atomc.artifact.buffers import aligned, of_bucket, slot_bytes
 from atomc.artifact.check_layouts import check_layouts, check_results
 from atomc.artifact.expr import ExpressionError, evaluate, parse
 from atomc.artifact.names import Names
+from atomc.artifact.order import apart, check_streams, owners_of
 from atomc.artifact.plan import (
     ALIGNMENT,
     DTYPE_BYTES,
@@ -27,6 +28,7 @@ from atomc.artifact.plan import (
     slots_of,
 )  # fmt: skip
 from atomc.artifact.store import ArtifactError
+from atomc.ops.library import CALLS
 
 NAMESPACES: Final = ("aten", "atom")
 # Operators that return a view where they can and a copy where they must.
@@ -78,7 +80,7 @@ def check_region(
 ) -> None:
     """Add what is wrong with a region; later checks rely on earlier ones, so the first that finds something ends it."""
     where = f"plan/{region.name}.json"
-    checks = (_slots, _inputs, _steps, _layouts, _results_of_layouts, _lifetimes, _arena)
+    checks = (_slots, _inputs, _steps, _layouts, _results_of_layouts, _lifetimes, _streams, _arena)
     for check in checks:
         own = Problems()
         check(own, region, batch, bounds)
@@ -176,7 +178,12 @@ def _launches(step: Step, region: RegionPlan, there: set[int], symbols: set[str]
     if wrong := sorted(s for s in _scratch(step) if not 0 <= s < len(region.slots)):
         yield f"scratch slots {wrong} are out of range"
         return
-    for launch in (launch for bucket in step.buckets for launch in bucket.launches):
+    for call in (bucket.library for bucket in step.buckets if bucket.library is not None):
+        if call.name not in CALLS:
+            yield f"library call {call.name} is not one of {sorted(CALLS)}"
+        if gone := [a.id for a in call.args if isinstance(a, Slot) and a.id not in there]:
+            yield f"library call {call.name} takes slots {gone}, which are not there"
+    for launch in (launch for bucket in step.buckets for launch in bucket.every_launch):
         if not 1 <= len(launch.grid) <= 3:
             yield f"kernel {launch.kernel} has a grid of {len(launch.grid)} dimensions"
         sizes = [Size(g) if isinstance(g, str) else g for g in launch.grid]
@@ -346,8 +353,16 @@ def _lifetimes(problems: Problems, region: RegionPlan, batch: object, bounds: ob
             problems.add(where, f"role {info.role} of a slot that {'outlives' if kept else 'ends in'} the region")
 
 
+def _streams(problems: Problems, region: RegionPlan, batch: object, bounds: object) -> None:
+    check_streams(problems, region.steps, region.slots)
+
+
 def _arena(problems: Problems, region: RegionPlan, batch: object, bounds: Mapping[str, int]) -> None:
-    """Temporaries with a storage have offsets inside the arena, and no two overlap in time and place."""
+    """Temporaries with a storage have offsets inside the arena, and no two overlap in time and place.
+
+    In time: in the order of the plan, or in that of its streams.
+    """
+    may_share = apart(region.steps, owners_of(region.slots))
     placed: list[tuple[int, SlotInfo, int, int]] = []
     tokens = {slot: b.tokens for step in region.steps for b in step.buckets for slot in b.scratch}
     for at, info in enumerate(region.slots):
@@ -362,7 +377,8 @@ def _arena(problems: Problems, region: RegionPlan, batch: object, bounds: Mappin
         if start < 0 or start % ALIGNMENT:
             problems.add(where, f"offset {start} is no multiple of {ALIGNMENT}")
         for other, known, low, high in placed:
-            if start < high and low < end and info.first <= known.last and known.first <= info.last:
+            meet = info.first <= known.last and known.first <= info.last
+            if start < high and low < end and (meet or not may_share(at, other)):
                 places = f"bytes {start} to {end}, and {low} to {high}"
                 problems.add(where, f"overlaps slot {other} ({known.name}): {places}")
         placed.append((at, info, start, end))

@@ -17,11 +17,13 @@ class KernelFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     Attributes:
         name: of the function in it. target: what it is compiled for. signature: Triton's types of its run-time
-            arguments, in order. warps: of a workgroup; wavefront: lanes of one. shared: bytes of shared memory (LDS).
+            arguments, in order. warps: of a workgroup; wavefront: lanes of one; stages: of its loops' pipelines.
+            shared: bytes of shared memory (LDS).
         registers: 32-bit registers of a lane, AGPRs too. spills: bytes of them in memory. scalar_spills: of AMD's
             SGPRs.
-        matrix: matrix instruction -> how often it is written. loads, wide_loads: global loads, those of 16 bytes.
-        constants: the compile-time parameters, as text.
+        matrix: matrix instruction, with its types -> how often it is written. loads, wide_loads: global loads, those
+            of 16 bytes. constants: the compile-time parameters, as text.
+        dependent: it waits itself for the launch before it on its stream, and may so be launched before that one ends.
     """
 
     name: str
@@ -29,6 +31,7 @@ class KernelFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     signature: list[str]
     warps: int
     wavefront: int
+    stages: int
     shared: int
     registers: int
     spills: int
@@ -37,6 +40,7 @@ class KernelFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     loads: int
     wide_loads: int
     constants: dict[str, str]
+    dependent: bool = False
 
 
 def write_kernel(folder: Path, key: str, data: bytes, facts: KernelFacts, source: str = "") -> None:

@@ -8,7 +8,7 @@ import msgspec
 
 from atomc.recipes import Recipe
 
-SCHEMA_VERSION: Final = 3
+SCHEMA_VERSION: Final = 4
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

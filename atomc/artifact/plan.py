@@ -69,25 +69,53 @@ class SlotInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     offset: int | None
 
 
-class Launch(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+STATIC: Final = "static model"
+
+
+class Launch(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """One launch of a kernel.
 
     Attributes:
         kernel: its key in the artifact. grid: programs in each dimension.
         args: its run-time arguments in the order of its signature; slots of tensors, sizes, numbers, None (null).
+        origin: who chose its configuration: the static model, or `tuned on` a GPU.
     """
 
     kernel: str
     grid: list[int | str]
     args: list[Scalar]
+    origin: str = STATIC
 
 
-class Bucket(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How a step of at most `tokens` tokens is launched; `scratch`: slots that live during the step only."""
+class LibraryCall(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A library's kernel that does a step's work, where the torch that runs the artifact has it (`atomc.ops.library`).
+
+    Attributes:
+        name: of the call. args: its arguments. launches: kernels that go before it.
+    """
+
+    name: str
+    args: list[Scalar]
+    launches: list[Launch]
+
+
+class Bucket(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """How a step of at most `tokens` tokens is launched.
+
+    Attributes:
+        launches: what computes it. library: what does so in their place, where it can.
+        scratch: slots that live during the step only.
+    """
 
     tokens: int
     launches: list[Launch]
     scratch: list[int]
+    library: LibraryCall | None = None
+
+    @property
+    def every_launch(self) -> list[Launch]:
+        """All launches, those before the library's call too."""
+        return self.launches + (self.library.launches if self.library else [])
 
 
 class Step(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -99,6 +127,8 @@ class Step(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
         release: slots whose storage no later step uses.
         source: `file:line` of the model, for messages and tables.
         buckets: on a GPU, the launches that compute it, for the fewest tokens first; empty: torch's own kernel.
+        stream: where it is launched in a small decode step, 0 being the main one; see `atomc.artifact.order`.
+        waits: steps of other streams that are over when it begins there, in order.
     """
 
     op: str
@@ -108,6 +138,8 @@ class Step(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
     release: list[int]
     source: str
     buckets: list[Bucket] = []
+    stream: int = 0
+    waits: list[int] = []
 
 
 class RegionInput(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -156,6 +156,8 @@ def _summary(result: Result, seconds: float, options: Options) -> dict[str, Any]
         "state_bytes_per_1024_tokens": state.per_1024_tokens,
         "artifact_bytes": result.bytes,
         "packed": _packed(result),
+        "kernels": len(result.kernels),
+        "kernel_faults": {f"{result.kernels[key].name} {key}": found for key, found in result.faults.items()},
         "max_context": serving.max_context,
         "max_batch_tokens": serving.max_batch_tokens,
         "max_requests": serving.max_requests,
@@ -180,6 +182,13 @@ def _packing(packed: dict[str, Any]) -> str:
     wrote = f"{shards_text(new)}, {bytes_text(packed['bytes'])} in {packed['seconds']:.1f} s"
     rate = f" ({packed['mb_per_second']:,.0f} MB/s)" if new else ""
     return wrote + rate + (f"; {shards_text(resumed)} taken over from an interrupted compile" if resumed else "")
+
+
+def _kernels(count: int, faults: dict[str, list[str]]) -> str:
+    """What the assembly says of the kernels; the artifact has them all the same."""
+    shown = [f"{name}: {'; '.join(found)}" for name, found in faults.items()]
+    more = [f"and {len(shown) - 3} more: --json lists them"] if len(shown) > 3 else []
+    return "\n".join([f"{count}, {len(shown) or 'none'} with faults in the assembly", *shown[:3], *more])
 
 
 def _peak_rss() -> int:
@@ -212,6 +221,7 @@ def _show(result: Result, summary: dict[str, Any], options: Options) -> None:
             ("a request's state",
              f"{sizes['state_bytes_per_request']} + {sizes['state_bytes_per_1024_tokens']} per 1,024 tokens"),
             *([("packing", _packing(summary["packed"]))] if summary["packed"] else []),
+            *([("kernels", _kernels(summary["kernels"], summary["kernel_faults"]))] if result.kernels else []),
             ("artifact", f"{summary['output']}, {sizes['artifact_bytes']}"),
             ("sha256", summary["sha256"]),
         ]  # fmt: skip

@@ -32,37 +32,71 @@ class Opened:
 
 def inspect_command(
     artifact: ArtifactArgument,
-    plan: Annotated[str | None, typer.Option(metavar="REGION", help="Print the steps of this region.")] = None,
-    html: Annotated[Path | None, typer.Option(help="Draw the memory plan into this HTML file.")] = None,
+    plan: Annotated[
+        str | None, typer.Option(metavar="REGION", help="Print the steps of this region; with --kernels their costs.")
+    ] = None,
+    kernels: Annotated[bool, typer.Option("--kernels", help="Print the kernels, their work, predicted times.")] = False,
+    html: Annotated[
+        Path | None, typer.Option(help="Draw the memory plan, and for a GPU a roofline, into this HTML file.")
+    ] = None,
     batch: Annotated[
-        int | None, typer.Option(min=1, help="Requests of the memory plan.", show_default="the artifact's most")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Requests: of the memory plan; with --kernels of a decode step.",
+            show_default="the artifact's most; 1, 16, 64, 128",
+        ),
     ] = None,
     context: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of each request.", show_default="the artifact's most")
+        int | None,
+        typer.Option(min=1, help="Tokens of each request.", show_default="the artifact's most; with --kernels 4096"),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Check and show an artifact. Its facts, files, regions, operators and memory plan."""
+    """Check and show an artifact: facts, files, regions, operators, memory plan; kernels and predicted times."""
     if html is not None:
         from atomc.cli.paths import check_file
 
         check_file(html, "--html")
     opened = open_artifact(artifact)
+    if plan is not None:
+        _check_region(opened, plan)
     if html is not None:
         from atomc.cli.picture import write_picture
 
-        write_picture(html, opened)
+        write_picture(html, opened, context)
     if as_json:
-        from atomc.cli.console import emit_json
+        _emit(opened, kernels, batch, context)
+        return
+    if kernels:
+        from atomc.cli.kernels import show_kernels
 
-        emit_json(_summary(opened) | {"memory_plan": _plan_json(opened, batch, context)})
+        show_kernels(opened, plan, batch, context)
     elif plan is not None:
         _show_plan(opened, plan)
     else:
         _show(opened)
         _show_memory(opened, batch, context)
-        if html is not None:
-            typer.echo(f"\nThe memory plan is drawn in {html}.")
+    if html is not None:
+        typer.echo(f"\nDrawn in {html}.")
+
+
+def _emit(opened: Opened, kernels: bool, batch: int | None, context: int | None) -> None:
+    from atomc.cli.console import emit_json
+
+    more: dict[str, Any] = {}
+    if kernels:
+        from atomc.cli.kernels import kernels_json
+
+        more["predictions"] = kernels_json(opened, batch, context)
+    emit_json(_summary(opened) | {"memory_plan": _plan_json(opened, batch, context)} | more)
+
+
+def _check_region(opened: Opened, name: str) -> None:
+    from atomc.cli.failure import OptionError
+
+    if name not in opened.regions:
+        raise OptionError(f"--plan {name}: no such region; choose one of {', '.join(opened.regions)}.")
 
 
 def open_artifact(folder: Path) -> Opened:
@@ -164,11 +198,8 @@ def _facts(opened: Opened) -> list[tuple[str, str]]:
 
 
 def _show_plan(opened: Opened, name: str) -> None:
-    from atomc.cli.failure import OptionError
     from atomc.cli.plan_text import plan_lines
 
-    if name not in opened.regions:
-        raise OptionError(f"--plan {name}: no such region; choose one of {', '.join(opened.regions)}.")
     for line in plan_lines(opened.regions[name]):
         typer.echo(line)
 

@@ -1,4 +1,4 @@
-"""The memory plan as one HTML page: what a step needs, and every buffer of every region as an offset × step rectangle.
+"""An artifact as one HTML page: its memory, every buffer as an offset × step rectangle; for a GPU a roofline.
 
 Terms:
     live bytes   sum of the buffers that exist at a step; its peak is the least any arena could have
@@ -19,7 +19,11 @@ from atomc.artifact.buffers import slot_bytes
 from atomc.artifact.facts import bytes_text
 from atomc.artifact.plan import RegionPlan, SlotInfo, Step
 from atomc.cli.failure import OutputError
+from atomc.cli.kernels import costs_of, steps_of
 from atomc.cli.plan_text import slot_names, step_text
+from atomc.cli.roofline import roofline
+from atomc.costs.tables import Table, kernel_table, reckoned, region_table, step_table, use_table
+from atomc.targets import get_target
 
 if TYPE_CHECKING:
     from atomc.cli.inspect import Opened
@@ -32,10 +36,16 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin: 2.2rem 0 .2rem; } p { 
 .dim, figcaption { color: var(--dim); } figure { margin: .6rem 0; } svg { width: 100%; height: auto; }
 svg text { font: 11px system-ui, sans-serif; fill: currentColor; }
 svg .grid { stroke: var(--line); } svg .live { fill: none; stroke: currentColor; stroke-width: 1.5; }
+svg .roof { stroke: currentColor; stroke-width: 1.5; }
+svg text.name { pointer-events: none; paint-order: stroke; stroke: Canvas; stroke-width: 2px; }
+svg circle.kernel { fill-opacity: .6; stroke: #0008; stroke-width: .6; }
+svg circle.kernel:hover { fill-opacity: 1; stroke: currentColor; stroke-width: 2; }
 svg text.op { fill: #000; pointer-events: none; }
 svg rect.buffer { stroke: #0006; stroke-width: .5; } svg rect.buffer:hover { stroke: currentColor; stroke-width: 2; }
 table { border-collapse: collapse; font-size: 13px; } td, th { padding: .15rem .7rem .15rem 0; text-align: left; }
-td.n { text-align: right; font-variant-numeric: tabular-nums; } pre { font-size: 12px; overflow-x: auto; }
+caption { text-align: left; color: var(--dim); margin-top: 1rem; }
+td.n, th.n { text-align: right; }
+td.n { font-variant-numeric: tabular-nums; } pre { font-size: 12px; overflow-x: auto; }
 """
 LEGEND = (
     "A rectangle is a buffer: as wide as the steps it lives, as high as its bytes, at its offset in the region's "
@@ -44,11 +54,11 @@ LEGEND = (
 )
 
 
-def write_picture(path: Path, opened: Opened) -> None:
+def write_picture(path: Path, opened: Opened, context: int | None = None) -> None:
     """Write the page beside and rename it. Raises `OutputError` when it cannot be written; nothing is left then."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        beside.write_text(page(opened), encoding="utf-8")
+        beside.write_text(page(opened, context), encoding="utf-8")
         beside.replace(path)
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror or error}.") from error
@@ -56,11 +66,11 @@ def write_picture(path: Path, opened: Opened) -> None:
         beside.unlink(missing_ok=True)
 
 
-def page(opened: Opened) -> str:
-    """The whole page; it loads nothing."""
+def page(opened: Opened, context: int | None = None) -> str:
+    """The whole page; it loads nothing. `context`: tokens of each request that predictions are made for."""
     manifest, program = opened.manifest, opened.program
     uses, sizes = facts.uses(program), program.symbols
-    title = html.escape(f"{manifest.model} for {manifest.target}: memory")
+    title = html.escape(f"{manifest.model} for {manifest.target}")
     largest = ", ".join(f"{k} = {v:,}" for k, v in sizes.items() if k in ("T", "B", "L", "N4", "NH"))
     parts = [
         "<!doctype html>",
@@ -75,7 +85,31 @@ def page(opened: Opened) -> str:
     ]
     for name, region in opened.regions.items():
         parts.append(_region(name, region, uses[name], sizes))
+    if get_target(manifest.target).is_gpu:
+        parts += _predictions(opened, context)
     return "\n".join(parts) + "\n"
+
+
+def _predictions(opened: Opened, context: int | None) -> Iterator[str]:
+    """The roofline of the kernels; layer kinds and steps; every kernel and bucket as a row."""
+    costs = costs_of(opened)
+    steps = steps_of(costs, None, context)
+    yield f"<h2>Kernels and predicted times</h2><p>{html.escape(reckoned(costs.target))}.</p>"
+    yield roofline(costs, context)
+    yield from (_table(made) for made in (step_table(steps), region_table(steps)))
+    for made in (kernel_table(costs), use_table(costs, context)):
+        yield f"<details><summary>{html.escape(made.title)}</summary>{_table(made, caption=False)}</details>"
+
+
+def _table(made: Table, caption: bool = True) -> str:
+    numbers = [' class="n"' if column in made.right else "" for column in range(len(made.head))]
+    head = "".join(f"<th{kind}>{html.escape(name)}</th>" for name, kind in zip(made.head, numbers, strict=True))
+    rows = "\n".join(
+        "<tr>" + "".join(f"<td{k}>{html.escape(cell)}</td>" for cell, k in zip(row, numbers, strict=True)) + "</tr>"
+        for row in made.rows
+    )
+    title = f"<caption>{html.escape(made.title)}</caption>" if caption else ""
+    return f"<table>{title}<tr>{head}</tr>\n{rows}</table>"
 
 
 def _bars(opened: Opened) -> str:
@@ -162,7 +196,8 @@ def _drawing(region: RegionPlan, live: list[int], sizes: Mapping[str, int]) -> s
         for step in range(0, len(region.steps), every)
     ]
     drawn.append(f'<text x="{LEFT}" y="{floor + 34}">step</text>')
-    makers = {slot: step for step in region.steps for slot in step.outputs if slot is not None}
+    makers = {slot: step for step in region.steps for bucket in step.buckets for slot in bucket.scratch}
+    makers |= {slot: step for step in region.steps for slot in step.outputs if slot is not None}
     for number, slot in enumerate(region.slots):
         if slot.offset is not None:
             drawn += _buffer(axes, number, slot, makers[number], slot_bytes(slot, sizes))

@@ -49,15 +49,15 @@ def verify_command(
     seconds = time.perf_counter() - start
     repro = _bisect(found, bisect)
     if as_json:
-        emit_json(_summary(found, seconds, repro))
+        emit_json(summary(found, seconds, repro))
         if not found.ok:
             raise typer.Exit(1)
         return
-    _show(found, seconds, repro)
+    show(found, seconds, repro)
     if not found.ok:
         from atomc.verify import VerifyError
 
-        raise VerifyError(_message(found))
+        raise VerifyError(message(found))
 
 
 def _bisect(found: Verification, folder: Path | None) -> Repro | None:
@@ -68,7 +68,8 @@ def _bisect(found: Verification, folder: Path | None) -> Repro | None:
     return bisect(found.first, folder)
 
 
-def _message(found: Verification) -> str:
+def message(found: Verification) -> str:
+    """Every broken bound, up to ten, and the first in the order of execution."""
     problems = found.problems
     shown = "\n".join(f"  {p}" for p in problems[:10])
     more = f"\n  … and {len(problems) - 10} more" if len(problems) > 10 else ""
@@ -76,7 +77,7 @@ def _message(found: Verification) -> str:
     return f"{found.folder}: {len(problems)} broken bound{'s' if len(problems) > 1 else ''}:\n{shown}{more}{first}"
 
 
-def _summary(found: Verification, seconds: float, repro: Repro | None) -> dict[str, Any]:
+def summary(found: Verification, seconds: float, repro: Repro | None) -> dict[str, Any]:
     """Everything `--json` writes."""
     weights = None if found.weights is None else [vars(w) | {"ok": w.ok} for w in found.weights]
     return {
@@ -107,7 +108,8 @@ def _finite(value: Any) -> Any:
 # -- tables ------------------------------------------------------------------------------------------------------------
 
 
-def _show(found: Verification, seconds: float, repro: Repro | None) -> None:
+def show(found: Verification, seconds: float, repro: Repro | None) -> None:
+    """Print a table for each region, and a summary."""
     from atomc.cli.console import facts, stdout, table
 
     console = stdout()

@@ -4,9 +4,12 @@ from difflib import get_close_matches
 
 from atomc.errors import AtomcError
 from atomc.targets import b200, cpu, h100, h200, mi300x, mi355x
-from atomc.targets.target import Format, Link, Peaks, Target, TritonBackend
+from atomc.targets.target import Format, Link, Peaks, Residency, Sustained, Target, TritonBackend
 
-__all__ = ["TARGETS", "Format", "Link", "Peaks", "Target", "TritonBackend", "UnknownTargetError", "get_target"]
+__all__ = [
+    "TARGETS", "Format", "Link", "Peaks", "Residency", "Sustained", "Target", "TritonBackend", "UnknownTargetError",
+    "get_target",
+]  # fmt: skip
 
 TARGETS: dict[str, Target] = {module.TARGET.name: module.TARGET for module in (cpu, mi355x, h100, h200, b200, mi300x)}
 

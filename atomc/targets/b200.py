@@ -1,12 +1,14 @@
 """NVIDIA B200 in HGX and DGX systems (Blackwell, sm_100).
 
-Sources: NVIDIA Blackwell architecture brief, HGX B200 at 1,000 W (dense bf16 2.25, FP8 4.5, FP4 9 PFLOP/s); DGX B200
-datasheet (eight GPUs with 1,440 GB and 64 TB/s together; NVLink 5, 1.8 TB/s both ways through NVSwitch); 148 SMs as the
-driver reports; CUDA C++ programming guide, compute capability 10.0 (227 KiB of shared memory a block, 64 K registers an
-SM, 255 a thread). The accumulators' tensor memory (256 KiB an SM) is the kernel compiler's affair and not listed.
+Sources: NVIDIA Blackwell architecture brief, HGX B200 at 1,000 W (dense bf16 2.25, FP8 4.5, FP4 9 PFLOP/s); HGX B200
+datasheet (float32 600 TFLOP/s of eight GPUs); DGX B200 datasheet (eight GPUs with 1,440 GB and 64 TB/s together; NVLink
+5, 1.8 TB/s both ways through NVSwitch); 148 SMs as the driver reports; CUDA C++ programming guide, compute capability
+10.0 (227 KiB of shared memory a block and 228 an SM, 64 K registers an SM, 255 a thread, 64 warps, 32 blocks). The
+accumulators' tensor memory (256 KiB an SM) is the kernel compiler's affair and not listed. Sustained: the shares
+measured on an H100, assumed; nothing was measured on this device.
 """
 
-from atomc.targets.target import KIB, Link, Peaks, Target, TritonBackend
+from atomc.targets.target import KIB, Link, Peaks, Residency, Sustained, Target, TritonBackend
 
 TARGET = Target(
     name="b200",
@@ -21,8 +23,20 @@ TARGET = Target(
     shared_bytes=227 * KIB,
     register_file_bytes=256 * KIB,
     registers_per_lane=255,
-    peaks=Peaks(bf16=2.25e15, fp8=4.5e15, fp4=9.0e15),
+    peaks=Peaks(bf16=2.25e15, fp8=4.5e15, fp4=9.0e15, vector=7.5e13),
     memory_bytes=180_000_000_000,
     memory_rate=8.0e12,
     link=Link(topology="switch", rate=900.0e9, devices=8),
+    residency=Residency(
+        shared_bytes=228 * KIB,
+        shared_granule=128,
+        shared_reserved=KIB,
+        partitions=4,
+        register_granule=8,
+        wavefronts=64,
+        workgroups=32,
+        barriers=32,
+    ),
+    sustained=Sustained(memory=0.89, matrix=(0.77, 0.62), launch=4.0e-6, origin="assumed"),
+    dependent_launch=True,
 )

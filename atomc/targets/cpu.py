@@ -5,7 +5,7 @@ Not one device but any, so the figures are nominal, those of two server cores wi
 They rank steps of a plan; they are no promise of a time. Narrow formats are computed as float32, so they have no peak.
 """
 
-from atomc.targets.target import GIB, Link, Peaks, Target
+from atomc.targets.target import GIB, Link, Peaks, Sustained, Target
 
 TARGET = Target(
     name="cpu",
@@ -20,8 +20,10 @@ TARGET = Target(
     shared_bytes=0,
     register_file_bytes=0,
     registers_per_lane=0,
-    peaks=Peaks(bf16=1.9e11, fp8=None, fp4=None),
+    peaks=Peaks(bf16=1.9e11, fp8=None, fp4=None, vector=1.9e11),
     memory_bytes=8 * GIB,
     memory_rate=2.0e10,
     link=Link(topology="none", rate=0.0, devices=1),
+    residency=None,
+    sustained=Sustained(memory=1.0, matrix=(1.0, 1.0), launch=1.0e-5, origin="assumed"),
 )

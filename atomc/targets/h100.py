@@ -4,9 +4,15 @@ Sources: NVIDIA H100 datasheet and Hopper architecture white paper (132 SMs; den
 HBM3 80 GB at 3.35 TB/s; NVLink 4, 900 GB/s both ways through NVSwitch); CUDA C++ programming guide, compute capability
 9.0 (227 KiB of shared memory a block, 64 K registers an SM, 255 a thread). No FP4 instruction: Triton expands
 `dot_scaled` to bf16, hence mx "emulated". Memory is counted in 10^9 bytes, slightly below what the driver reports.
+Residency: the same guide and the occupancy calculator (228 KiB of shared memory an SM, 1 KiB of it kept for each block,
+64 warps, 32 blocks, registers given to a warp by 256). float32 outside the matrix units: 66.9 TFLOP/s (white paper).
+
+Sustained, from one run on one H100 80GB HBM3: copy 3.0 TB/s, bf16 8192^3 730 to 800 TFLOP/s, FP8 1,238 TFLOP/s
+(cuBLASLt), and some 4 microseconds of ramp and tail a kernel of a captured graph. Another run copied at 2.42 TB/s and
+reached FP8 1,485 TFLOP/s; docs/inspect.md compares predictions at both rates with what was measured.
 """
 
-from atomc.targets.target import KIB, Link, Peaks, Target, TritonBackend
+from atomc.targets.target import KIB, Link, Peaks, Residency, Sustained, Target, TritonBackend
 
 TARGET = Target(
     name="h100",
@@ -21,8 +27,20 @@ TARGET = Target(
     shared_bytes=227 * KIB,
     register_file_bytes=256 * KIB,
     registers_per_lane=255,
-    peaks=Peaks(bf16=9.894e14, fp8=1.9789e15, fp4=None),
+    peaks=Peaks(bf16=9.894e14, fp8=1.9789e15, fp4=None, vector=6.69e13),
     memory_bytes=80_000_000_000,
     memory_rate=3.35e12,
     link=Link(topology="switch", rate=450.0e9, devices=8),
+    residency=Residency(
+        shared_bytes=228 * KIB,
+        shared_granule=128,
+        shared_reserved=KIB,
+        partitions=4,
+        register_granule=8,
+        wavefronts=64,
+        workgroups=32,
+        barriers=32,
+    ),
+    sustained=Sustained(memory=0.89, matrix=(0.77, 0.62), launch=4.0e-6, origin="measured"),
+    dependent_launch=True,
 )

@@ -1,6 +1,7 @@
 """NVIDIA H200 SXM 141GB (Hopper, sm_90): an H100 with more and faster memory.
 
-Source: NVIDIA H200 datasheet (HBM3e 141 GB at 4.8 TB/s; compute and NVLink as the H100 SXM5).
+Source: NVIDIA H200 datasheet (HBM3e 141 GB at 4.8 TB/s; compute and NVLink as the H100 SXM5). Sustained: the shares
+measured on an H100, assumed.
 """
 
 from dataclasses import replace
@@ -13,4 +14,5 @@ TARGET = replace(
     product="NVIDIA H200 SXM 141GB",
     memory_bytes=141_000_000_000,
     memory_rate=4.8e12,
+    sustained=replace(H100.sustained, origin="assumed"),
 )

@@ -4,9 +4,13 @@ Sources: ROCm documentation, "AMD GPU specifications" (304 CUs, wavefront 64, LD
 AMD MI300X datasheet (bf16 1,307.4 and FP8 2,614.9 TFLOP/s at 2.1 GHz, HBM3 5.3 TB/s, seven Infinity Fabric links of
 128 GB/s both ways, each to one peer). Its FP8 is the fnuz dialect and it has no FP4 instruction; Triton 3.7 cannot
 lower `dot_scaled` for it, hence mx "none". Registers per lane: CDNA 3 ISA, 256 VGPRs + 256 AGPRs.
+Residency: LLVM, "User Guide for AMDGPU Backend" and the occupancy arithmetic of its GCN subtarget (four SIMDs a CU,
+eight waves a SIMD, VGPRs by 8, LDS by 512 bytes, 16 workgroups of more than one wave). float32 outside the matrix
+units: 163.4 TFLOP/s (datasheet). Sustained: the shares measured on an H100, assumed; nothing was measured on this
+device.
 """
 
-from atomc.targets.target import GIB, KIB, Link, Peaks, Target, TritonBackend
+from atomc.targets.target import GIB, KIB, Link, Peaks, Residency, Sustained, Target, TritonBackend
 
 TARGET = Target(
     name="mi300x",
@@ -21,8 +25,19 @@ TARGET = Target(
     shared_bytes=64 * KIB,
     register_file_bytes=512 * KIB,
     registers_per_lane=512,
-    peaks=Peaks(bf16=1.3074e15, fp8=2.6149e15, fp4=None),
+    peaks=Peaks(bf16=1.3074e15, fp8=2.6149e15, fp4=None, vector=1.634e14),
     memory_bytes=192 * GIB,
     memory_rate=5.3e12,
     link=Link(topology="mesh", rate=7 * 64.0e9, devices=8),
+    residency=Residency(
+        shared_bytes=64 * KIB,
+        shared_granule=512,
+        shared_reserved=0,
+        partitions=4,
+        register_granule=8,
+        wavefronts=32,
+        workgroups=32,
+        barriers=16,
+    ),
+    sustained=Sustained(memory=0.89, matrix=(0.77, 0.62), launch=4.0e-6, origin="assumed"),
 )

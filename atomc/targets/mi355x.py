@@ -4,9 +4,13 @@ Sources: ROCm documentation, "AMD GPU specifications" (256 CUs, wavefront 64, LD
 AMD CDNA 4 white paper and MI355X datasheet for clock (2.4 GHz), matrix FLOPs per clock and CU (bf16 4,096, OCP FP8
 8,192, MXFP4 16,384: 2.5, 5.0, 10.1 PFLOP/s), memory (HBM3E, 8 TB/s) and Infinity Fabric (seven links of 153.6 GB/s both
 ways, each to one peer). Registers per lane: CDNA 4 ISA, 256 VGPRs + 256 AGPRs.
+Residency: LLVM, "User Guide for AMDGPU Backend" and the occupancy arithmetic of its GCN subtarget (four SIMDs a CU,
+eight waves a SIMD, VGPRs by 8, LDS by 1,280 bytes, 16 workgroups of more than one wave). float32 outside the matrix
+units: 157.3 TFLOP/s (datasheet). Sustained: the shares measured on an H100, assumed; nothing was measured on this
+device.
 """
 
-from atomc.targets.target import GIB, KIB, Link, Peaks, Target, TritonBackend
+from atomc.targets.target import GIB, KIB, Link, Peaks, Residency, Sustained, Target, TritonBackend
 
 TARGET = Target(
     name="mi355x",
@@ -21,8 +25,19 @@ TARGET = Target(
     shared_bytes=160 * KIB,
     register_file_bytes=512 * KIB,
     registers_per_lane=512,
-    peaks=Peaks(bf16=2.5166e15, fp8=5.0332e15, fp4=10.0663e15),
+    peaks=Peaks(bf16=2.5166e15, fp8=5.0332e15, fp4=10.0663e15, vector=1.573e14),
     memory_bytes=288 * GIB,
     memory_rate=8.0e12,
     link=Link(topology="mesh", rate=7 * 76.8e9, devices=8),
+    residency=Residency(
+        shared_bytes=160 * KIB,
+        shared_granule=1280,
+        shared_reserved=0,
+        partitions=4,
+        register_granule=8,
+        wavefronts=32,
+        workgroups=32,
+        barriers=16,
+    ),
+    sustained=Sustained(memory=0.89, matrix=(0.77, 0.62), launch=4.0e-6, origin="assumed"),
 )

@@ -33,11 +33,53 @@ class TritonBackend:
 
 @dataclass(frozen=True, slots=True)
 class Peaks:
-    """Dense matrix throughput in FLOP/s by operand format; None where no matrix instruction takes the format."""
+    """Dense matrix throughput in FLOP/s by operand format; None where no matrix instruction takes the format.
+
+    `vector`: float32 throughput outside the matrix units.
+    """
 
     bf16: float
     fp8: float | None
     fp4: float | None
+    vector: float
+
+
+@dataclass(frozen=True, slots=True)
+class Residency:
+    """What one compute unit holds at a time, for occupancy.
+
+    Attributes:
+        shared_bytes: its shared memory (LDS), all workgroups together. shared_granule: bytes it is given out in.
+            shared_reserved: bytes that the system takes of it for each workgroup.
+        partitions: SIMDs (AMD) or sub-partitions (NVIDIA), each with an equal part of the registers.
+        register_granule: registers of a lane are given out in multiples of it.
+        wavefronts, workgroups: most of them. barriers: most workgroups of more than one wavefront.
+    """
+
+    shared_bytes: int
+    shared_granule: int
+    shared_reserved: int
+    partitions: int
+    register_granule: int
+    wavefronts: int
+    workgroups: int
+    barriers: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sustained:
+    """What predictions reckon with instead of the peaks.
+
+    Attributes:
+        memory: share of `memory_rate` that a long kernel reaches. matrix: share of the matrix peaks, for bf16 and for
+            narrower operands. launch: seconds that a launch in a captured graph takes at the least.
+        origin: `measured` on a device of this kind, or `assumed` to be as on another.
+    """
+
+    memory: float
+    matrix: tuple[float, float]
+    launch: float
+    origin: Literal["measured", "assumed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +124,9 @@ class Target:
         memory_bytes: capacity of the device memory as listed; what a process may take is a few percent less.
         memory_rate: peak bandwidth of the device memory.
         link: the connection inside a node.
+        residency: what a compute unit holds; None on the cpu. sustained: what predictions reckon with.
+        dependent_launch: a kernel may be launched before the one before it ends, and wait for it itself (NVIDIA from
+            sm_90: programmatic dependent launch).
     """
 
     name: str
@@ -100,6 +145,9 @@ class Target:
     memory_bytes: int
     memory_rate: float
     link: Link
+    residency: Residency | None
+    sustained: Sustained
+    dependent_launch: bool = False
 
     def peak(self, operands: Format) -> float:
         """Dense FLOP/s of a product whose operands are stored as `operands`.
@@ -113,6 +161,10 @@ class Target:
             "bf16": (),
         }
         return next((rate for rate in wider[operands] if rate is not None), self.peaks.bf16)
+
+    def sustained_matrix(self, operands: Format) -> float:
+        """FLOP/s of products of `operands` that predictions reckon with."""
+        return self.peak(operands) * self.sustained.matrix[operands != "bf16"]
 
     @property
     def is_gpu(self) -> bool:

@@ -10,8 +10,10 @@
                                       and Mary, 2019: errors of either sign cancel, √K in place of K), and u · |y|
     one function (mul, cos, …)        8 · u · |y|: the functions of a vector library are off by a few units
     a fused operator                  SAFETY · √K · (what moving every input by u moves the result, and u · |y|)
-    … that rounds to 16 bits inside   and HALVED · what moving each number so rounded by u of 16 bits moves the result;
+    … that rounds to 16 bits inside   and HALVED · what moving each number so rounded by u of 16 bits moves the result,
+                                      or rounding each to nearest: equal numbers are off alike, and their errors add;
                                       where it does is seen in its reference (`atomc.verify.wide`, halvings)
+    … a product of FP8 on Hopper      and what losing bits of its sums moves the result (`atomc.verify.narrow`)
     … rounded to a format at its end  what enters the rounding obeys the line above, δ; a value may then fall on a
                                       neighbour only where it lies within δ of the midpoint
     … rounded to a format inside      and what the undecided values inside (within δ of a midpoint) move the result:
@@ -19,6 +21,9 @@
     a choice (top-k)                  a chosen score is not below the k-th best by more than the bound of the scores
 
 u is the unit roundoff, 2^-24: sums and functions are computed in float32. K is the longest sum, at least CHAIN.
+On a GPU the kinds are the same, the sums in another order. A product of float32 there (tf32x3: three products of
+parts) leaves 2^-20 of |x||w| out at most, of either sign, which SAFETY · √K covers. What its kernels round to 16 bits
+where the reference does not: the weights of attention, before they multiply rows (ROUNDED).
 Why √K for what moves a fused operator: u of either sign moves a sum of K terms by their root mean square, its own
 roundings by up to √K times that; where all terms have one sign, as in large attention scores, by more: SAFETY.
 A float64 result is off by 2^-53 of itself, which no bound here sees. NaN and infinity are never within a bound.
@@ -27,11 +32,13 @@ A float64 result is off by 2^-53 of itself, which no bound here sees. NaN and in
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
+from atomc.targets import get_target
 from atomc.verify import grid
 
 # Over all steps of the bundled model and in every scheme, the largest error is 0.4 of its bound
@@ -62,15 +69,36 @@ PRODUCTS: Final = frozenset({"aten.linear.default", "aten.mm.default", "aten.bmm
 CASTS: Final = frozenset({"aten.to.dtype", "aten._to_copy.default", "aten.copy.default"})
 
 
+ROUNDED: Final = {"sparse_attention": ("softmax",)}  # operators that begin so: functions of their references
+
+
+def rounded_by_kernels(name: str, arguments: dict[str, Any]) -> dict[str, float]:
+    """Functions in an operator's reference whose results the kernel rounds, where it works in 16 bits: u of that."""
+    functions = next((found for prefix, found in ROUNDED.items() if name.startswith(prefix)), ())
+    dtype = arguments["q"].dtype if functions else torch.float32
+    return dict.fromkeys(functions, UNIT[dtype]) if dtype.itemsize == 2 else {}
+
+
+def loses_sums(name: str, target: str) -> bool:
+    """Whether an operator's products lose bits of their sums (`atomc.verify.narrow`)."""
+    return name.startswith("scaled_") and get_target(target).arch == "sm_90"
+
+
 def functional(op: str) -> str:
     """The operator that computes what an in-place one writes: `aten.mul_.Tensor` -> `aten.mul.Tensor`."""
     namespace, name, overload = op.split(".")
     return op if name.startswith("__") else f"{namespace}.{name.removesuffix('_')}.{overload}"
 
 
+def flat(values: Iterable[Any]) -> Iterator[Any]:
+    """Values, those of lists too."""
+    for value in values:
+        yield from value if isinstance(value, (list, tuple)) else (value,)
+
+
 def in_16_bits(values: Any) -> bool:
     """Whether a step reads, is told of, or gives a 16-bit float."""
-    found = [v.dtype if isinstance(v, Tensor) else v for v in values if isinstance(v, (Tensor, torch.dtype))]
+    found = [v.dtype if isinstance(v, Tensor) else v for v in flat(values) if isinstance(v, (Tensor, torch.dtype))]
     return any(d in (torch.bfloat16, torch.float16) for d in found)
 
 
@@ -83,7 +111,9 @@ def half_spacing(ideal: Tensor, slack: Tensor | float, dtype: torch.dtype) -> Te
 
 def depth_of(op: str, values: Any) -> int:
     """The longest sum of a step: the last dim of what it reads; of hyper-connections all streams of a token."""
-    shapes = [tuple(v.shape) for v in values if isinstance(v, Tensor) and v.is_floating_point() and v.dim()]
+    tensors = [v for v in flat(values) if isinstance(v, Tensor) and v.dim()]
+    shapes = [tuple(v.shape) for v in tensors if v.is_floating_point()]
+    shapes += [(*v.shape[:-1], 2 * v.shape[-1]) for v in tensors if v.dtype == torch.int8]  # two FP4 codes in each
     if "hc_" in op:
         return max(math.prod(s[-2:]) for s in shapes)
     return max((s[-1] for s in shapes), default=CHAIN)
@@ -113,6 +143,11 @@ def halved_bound(nominal: Tensor, halved: list[Tensor], last: float) -> Tensor:
         last: u of the dtype of the result itself, whose own rounding is no part of this bound; 0 for a wider one.
     """
     return HALVED * _reach(nominal, halved, last) if halved else torch.zeros_like(nominal)
+
+
+def summed_bound(nominal: Tensor, summed: list[Tensor]) -> Tensor:
+    """Of sums that lost bits: `summed` are the results with each off by the most, which is of each element alone."""
+    return torch.stack([(s - nominal).abs() for s in summed]).amax(0) if summed else torch.zeros_like(nominal)
 
 
 def flipped_bound(nominal: Tensor, flipped: list[Tensor]) -> Tensor:

@@ -97,12 +97,12 @@ def grid_of(text: str) -> Grid:
 
 
 @lru_cache
-def _values(element: str) -> Tensor:
+def _values(element: str, device: torch.device) -> Tensor:
     """[256] (e2m1: [16]) float64: the number behind each code, from its sign, exponent and mantissa."""
     if element == "int8":
-        return torch.arange(256, dtype=torch.uint8).view(torch.int8).double()
+        return torch.arange(256, dtype=torch.uint8, device=device).view(torch.int8).double()
     code = CODES[element]
-    byte = torch.arange(1 << code.bits)
+    byte = torch.arange(1 << code.bits, device=device)
     sign, exponent = byte >> (code.bits - 1), (byte >> code.mantissa) & ((1 << code.exponent) - 1)
     fraction = (byte & ((1 << code.mantissa) - 1)).double() / 2**code.mantissa
     power = torch.exp2((exponent.clamp(min=1) - code.bias).double())
@@ -118,7 +118,7 @@ def decoded(codes: Tensor, grid: Grid) -> Tensor:
     byte = codes.contiguous().view(torch.uint8).long()
     if grid.packed == 2:  # column 2j in the low nibble, 2j + 1 in the high (spec 3.2)
         byte = torch.stack((byte & 15, byte >> 4), dim=-1).flatten(-2)
-    return _values(grid.element)[byte]
+    return _values(grid.element, byte.device)[byte]
 
 
 def factors(scales: Tensor, grid: Grid) -> Tensor:
@@ -168,7 +168,8 @@ def scale_of(amax: Tensor, grid: Grid) -> Tensor:
     """float64 scale of blocks by spec 3.4: amax / top, for `e8m0` and `pow2` rounded up to a power of two."""
     amax = torch.clamp(amax, min=float(torch.tensor(grid.floor, dtype=torch.float32)))
     if grid.scale == "float32":
-        scale = (amax.float() / grid.top).double()
+        top = torch.tensor(grid.top, dtype=torch.float32, device=amax.device)  # by a number a GPU does not divide
+        scale = (amax.float() / top).double()
     else:
         mantissa, exponent = torch.frexp(amax)
         top_mantissa, top_exponent = torch.frexp(torch.tensor(grid.top, dtype=torch.float64))

@@ -72,7 +72,7 @@ def weigh(
     use = torch.where(error <= 0, 0.0, error / allowed)  # an error where none is allowed: infinite
     use = torch.where(found.isfinite() & expected.isfinite(), use, torch.inf)
     at = int(use.argmax()) if bool(use.any()) else int(error.argmax())
-    place = tuple(int(i) for i in torch.unravel_index(torch.tensor(at), error.shape))
+    place = tuple(int(i) for i in torch.unravel_index(torch.tensor(at, device="cpu"), error.shape))
     norm = float(expected.norm()) or 1.0
     distance = float(found.flatten()[at] - expected.flatten()[at])
     why = "" if bool(found.isfinite().all()) else f"{int((~found.isfinite()).sum())} elements are not finite"

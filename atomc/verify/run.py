@@ -27,7 +27,7 @@ from atomc.verify.errors import VerifyError
 from atomc.verify.watching import Failure, StepReport, StepWatch, refuse_region
 from atomc.verify.weights import WeightReport, compare_weights, find_checkpoint
 
-__all__ = ["Options", "StepReport", "Verification", "WeightReport", "bundled_text", "verify_artifact"]
+__all__ = ["Options", "StepReport", "Verification", "WeightReport", "bundled_text", "verify_artifact", "verify_steps"]
 
 Progress = Callable[[str, int, int], None]  # what, done, total
 TOKENS: Final = 300
@@ -42,12 +42,13 @@ class Options:
 
     Attributes:
         tokens: of all requests together. checkpoint: folder or bundled name; None: by the model's name.
-        region: judge this one only.
+        region: judge this one only. skip: operators of the plan that are not judged, for the time that it takes.
     """
 
     tokens: int = TOKENS
     checkpoint: str | None = None
     region: str | None = None
+    skip: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -92,11 +93,25 @@ def verify_artifact(
     options = options or Options()
     checking = iter(range(1 << 30))
     artifact = load(folder, lambda name: progress(f"check {name}", next(checking), 0))
-    refuse_region(options.region, artifact.regions)
     found = Verification(artifact.manifest.model, folder)
+    refuse_region(options.region, artifact.regions)
     _weights(found, artifact, options, progress)
     ids = _ids(artifact, texts or (bundled_text(),), options.tokens)
     _steps(found, artifact, ids, options, progress)
+    return found
+
+
+def verify_steps(
+    artifact: LoadedArtifact, ids: Sequence[int], options: Options, progress: Progress = lambda *_: None
+) -> Verification:
+    """Judge the steps of an artifact with the weights that it is given, whatever they are, on tokens.
+
+    Raises:
+        VerifyError: there are too few tokens, or a step does not run.
+    """
+    found = Verification(artifact.manifest.model, artifact.folder)
+    refuse_region(options.region, artifact.regions)
+    _steps(found, artifact, _enough(list(ids)), options, progress)
     return found
 
 
@@ -119,9 +134,13 @@ def _ids(artifact: LoadedArtifact, texts: Sequence[str], tokens: int) -> list[in
         ids += vocabulary.encode(text)
         if len(ids) >= tokens:
             break
+    return _enough(ids[:tokens])
+
+
+def _enough(ids: list[int]) -> list[int]:
     if len(ids) < 8:
         raise VerifyError(f"There are {len(ids)} tokens of text; at least 8 are needed.")
-    return ids[:tokens]
+    return ids
 
 
 def _steps(found: Verification, artifact: LoadedArtifact, ids: list[int], options: Options, progress: Progress) -> None:
@@ -132,7 +151,7 @@ def _steps(found: Verification, artifact: LoadedArtifact, ids: list[int], option
         found.judged += 1
         progress(f"steps {found.tokens} tokens", found.judged, 0)
 
-    watch = StepWatch(artifact.program, artifact.regions, options.region, seen)
+    watch = StepWatch(artifact, executor, options.region, options.skip, seen)
     for bound, call in zip(executor.calls, artifact.program.calls, strict=True):
         watch.prepared(call, bound.plan, bound.fixed)
     run = _Run(executor, texts, watch, found)

@@ -18,11 +18,13 @@ from torch import Tensor
 
 from atomc.artifact.check_region import operator_of
 from atomc.ops import OPS
+from atomc.ops.pointwise import CREATIONS, GATHERS, VIEWS, parse
 from atomc.ops.registry import NAMESPACE, written_by
 from atomc.runtime.bind import resolve
 from atomc.verify import bounds, grid, judge
 from atomc.verify.errors import VerifyError
 from atomc.verify.judge import Verdict
+from atomc.verify.launched import Launched, device_of
 from atomc.verify.wide import (
     HALF,
     Halvings,
@@ -40,6 +42,9 @@ from atomc.verify.wide import (
 # Results that are choices: result -> the argument that says how many may be seen, if any.
 CHOICES: Final = {"index_topk": 0, "index_rope_topk": 0, "route_topk": 1}
 
+# Operators of a pointwise program that hand on numbers as they are.
+MOVES: Final = VIEWS | CREATIONS | GATHERS | {"aten.contiguous.default"}
+
 
 @dataclass(frozen=True)
 class Observation:
@@ -49,6 +54,7 @@ class Observation:
         op: `namespace.name.overload`. arguments: by the schema's names, what is mutated as it was before.
         results: in the schema's order. mutated: argument -> what it is now.
         reserved: mutated arguments whose first page is nobody's: padding is written there.
+        launched: how kernels of an artifact compute it; None where torch on the cpu did.
     """
 
     op: str
@@ -56,6 +62,7 @@ class Observation:
     results: tuple[Any, ...]
     mutated: dict[str, Tensor] = field(default_factory=dict)
     reserved: frozenset[str] = frozenset()
+    launched: Launched | None = None
 
     @property
     def name(self) -> str:
@@ -88,8 +95,13 @@ def copies_of_written(op: str, arguments: Mapping[str, Any]) -> dict[str, Tensor
     return {n: arguments[n].clone() for n in mutates(op) if isinstance(arguments.get(n), Tensor)}
 
 
-def observe(op: str, arguments: dict[str, Any], reserved: frozenset[str] = frozenset()) -> Observation:
+def observe(
+    op: str, arguments: dict[str, Any], reserved: frozenset[str] = frozenset(), launched: Launched | None = None
+) -> Observation:
     """Run a step as the plan does, on copies of what it writes."""
+    if launched is not None:
+        found, fresh = launched.run(arguments, mutates(op))
+        return Observation(op, arguments, found, fresh, reserved, launched)
     fresh = copies_of_written(op, arguments)
     results = results_of(_call(resolve(op), op, arguments | fresh))
     return Observation(op, arguments, results, fresh, reserved)
@@ -104,7 +116,15 @@ def _call(function: Callable[..., Any], op: str, arguments: dict[str, Any]) -> A
 
 
 def examine(seen: Observation) -> list[Verdict]:
-    """A verdict on every result and on everything the step writes; several parts of one result are one verdict."""
+    """A verdict on every result and on everything the step writes; several parts of one result are one verdict.
+
+    Computed on the device that the observation's tensors are on.
+    """
+    with device_of((*seen.arguments.values(), *seen.results)):
+        return _examine(seen)
+
+
+def _examine(seen: Observation) -> list[Verdict]:
     if not seen.op.startswith(f"{NAMESPACE}."):
         return _examine_aten(seen)
     if seen.name == "dequantize":
@@ -180,6 +200,7 @@ class _Examination:
         self.chosen: tuple[Tensor, ...] = ()
         self.moved: list[Trace] = []
         self.halved: list[Trace] = []
+        self.summed: list[Trace] = []
         self.flips: list[Trace] = []
 
     def verdicts(self) -> list[Verdict]:
@@ -208,17 +229,22 @@ class _Examination:
         self.nominal = self._wide(Script(chosen=self.chosen))
         # After a first run, which fills the caches of constants: the runs that follow make the same calls.
         if bounds.in_16_bits((*seen.arguments.values(), *seen.results, *seen.mutated.values())):
-            self.halvings = halvings_of(self.reference, seen.arguments, tuple(seen.mutated))
+            rounded = bounds.rounded_by_kernels(seen.name, seen.arguments) if seen.launched else {}
+            self.halvings = halvings_of(self.reference, seen.arguments, tuple(seen.mutated), rounded)
         # A rounding alone has nothing before it that could be off, and a copy nothing at all.
         copies = seen.name in bounds.COPIES and not any(self.halvings.units)
-        self.exact = copies or seen.name in bounds.ROUNDINGS
+        self.exact = copies or seen.name in bounds.ROUNDINGS or _moves_only(seen)
         if self.exact:
             return
         frozen = tuple(r.values for r in self.nominal.roundings)
         chosen, u = self.chosen or tuple(self._indices()), bounds.UNIT[torch.float32]
         self.moved = [self._wide(Script(u, seed, frozen, chosen)) for seed in range(bounds.JITTERS)]
+        if seen.launched is not None and bounds.loses_sums(seen.name, seen.launched.target):
+            self.summed = [self._wide(Script(0.0, 0, frozen, chosen, sums=sign)) for sign in (1, -1)]
         if any(self.halvings.units):
-            scripts = [Script(0.0, seed, frozen, chosen, self.halvings.units) for seed in range(bounds.HALVED_JITTERS)]
+            units = self.halvings.units
+            scripts = [Script(0.0, seed, frozen, chosen, units) for seed in range(bounds.HALVED_JITTERS)]
+            scripts.append(Script(0.0, 0, frozen, chosen, units, nearest=True))
             self.halved = [self._wide(script) for script in scripts]
         self.flips = list(self._flipped(frozen))
 
@@ -255,6 +281,7 @@ class _Examination:
             return torch.zeros_like(nominal)
         slack = bounds.moved_bound(nominal, [part(t) for t in self.moved], depth or self.depth)
         slack = slack + bounds.halved_bound(nominal, [part(t) for t in self.halved], HALF.get(dtype, 0.0))
+        slack = slack + bounds.summed_bound(nominal, [part(t) for t in self.summed])
         if flips:
             slack = slack + bounds.flipped_bound(nominal, [part(t) for t in self.flips])
         return slack + bounds.half_spacing(nominal, slack, dtype)
@@ -339,6 +366,13 @@ class _Examination:
             if len(places):
                 yield judge.judge_records(name, *at, text, x, slack)
         yield _moved_down(judge.compare(name, found[first:], before[first:], 0.0), first)
+
+
+def _moves_only(seen: Observation) -> bool:
+    """Whether a pointwise program only gathers, repeats or makes constants."""
+    if seen.name != "pointwise":
+        return False
+    return all(line.op in MOVES for line in parse(seen.arguments["program"]).lines)
 
 
 def _moved_down(verdict: Verdict, first: int) -> Verdict:

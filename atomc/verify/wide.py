@@ -8,7 +8,8 @@ Contract:
 Terms:
     rounding    a place where the reference quantises: what it was before, float64, and what it became
     choice      a `topk` of the reference: the scores it chose by
-    halving     a call of torch in which the reference, on its own arguments, rounds what it computes to a 16-bit float
+    halving     a call of torch in which the reference, on its own arguments, rounds what it computes to a 16-bit float;
+                or in which a GPU's kernel does, that computes the same
     jitter      one more run with every number off by at most `unit`, rounded to the nominal run's values and choosing
                 what it chose: how far its results move says how the result depends on rounding errors of that size
 
@@ -18,12 +19,13 @@ They are replaced while a `Wide` is active, in this process; a verification runs
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -31,12 +33,13 @@ import atomc.ops.quantize as quantize_ops
 from atomc.formats import Layout, Records, RowLayout
 from atomc.formats import dequantize as from_layout
 from atomc.formats import quantize as to_layout
-from atomc.verify import grid
+from atomc.verify import grid, narrow
 from atomc.verify.errors import VerifyError
 
 NARROW: Final = (torch.float32, torch.bfloat16, torch.float16)
 _CASTS: Final = (Tensor.float, Tensor.bfloat16, Tensor.half)
 _TOPK: Final = (torch.topk, Tensor.topk)
+_PRODUCTS: Final = (F.linear, torch.bmm)
 _BITS: Final = (Tensor.view,)  # a dtype here is a reading of bits, not a conversion
 
 
@@ -77,7 +80,10 @@ class Script:
     Attributes:
         unit: of the jitter of every input; 0 for none. seed: of its signs.
         halvings: by its number, how far off each call's result is to be: u of the dtype it is rounded to, or 0.
+        nearest: what halvings say is to be rounded to nearest instead.
         frozen: roundings by their number: take these values. chosen: choices by their number: take these indices.
+        sums: products are to be off by what FP8 sums lose (`atomc.verify.narrow`): +1 upwards, -1 the second half of
+            their columns downwards (of gate and up one each way), 0 not at all.
     """
 
     unit: float = 0.0
@@ -85,6 +91,8 @@ class Script:
     frozen: Sequence[Tensor] = ()
     chosen: Sequence[Tensor] = ()
     halvings: Sequence[float] = ()
+    nearest: bool = False
+    sums: int = 0
 
 
 class Wide(TorchFunctionMode):
@@ -93,7 +101,7 @@ class Wide(TorchFunctionMode):
     def __init__(self, script: Script) -> None:
         super().__init__()
         self.script, self.trace, self.asleep = script, Trace(), False
-        self._signs = torch.Generator().manual_seed(script.seed)
+        self._signs: torch.Generator | None = None  # on the device of what is jittered
         self.calls = 0
 
     def __torch_function__(
@@ -115,20 +123,34 @@ class Wide(TorchFunctionMode):
             if any(t.dtype == torch.float64 for t in tensors):
                 args = tuple(widen(a) for a in args)
                 kwargs = {k: widen(v) for k, v in kwargs.items()}
-        return func(*args, **kwargs)
+        found = func(*args, **kwargs)
+        return self._summed(func, args, found) if self.script.sums and func in _PRODUCTS else found
+
+    def _summed(self, func: Callable[..., Any], args: tuple[Any, ...], found: Tensor) -> Tensor:
+        """A product, off by what its sums may lose."""
+        x, w = args
+        lost = narrow.loss(x, w if func is F.linear else w.mT)
+        if self.script.sums < 0:
+            lost[..., lost.shape[-1] // 2 :].neg_()
+        return found + lost
 
     def jitter(self, x: Tensor, unit: float | None = None) -> Tensor:
         """x off by a unit (none: the script's), up or down; as it is where that is 0."""
         unit = self.script.unit if unit is None else unit
         if not unit:
             return x
-        signs = torch.randint(0, 2, x.shape, generator=self._signs, dtype=torch.int8)
+        if self._signs is None:
+            self._signs = generator_on(x.device).manual_seed(self.script.seed)
+        signs = torch.randint(0, 2, x.shape, generator=self._signs, dtype=torch.int8, device=x.device)
         return x * (1 + unit * (2.0 * signs - 1))
 
     def _halved(self, found: Any) -> Any:
         """The result of a call, off by what its rounding to 16 bits may be."""
         at, self.calls = self.calls, self.calls + 1
         unit = self.script.halvings[at] if at < len(self.script.halvings) else 0.0
+        if unit and self.script.nearest:
+            with self._asleep():
+                return found.to(torch.bfloat16 if unit == HALF[torch.bfloat16] else torch.float16).double()
         return self.jitter(found, unit) if unit else found
 
     def _choose(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -203,14 +225,15 @@ class Halvings:
 class Narrow(Wide):
     """Runs a reference as it is, and notes its halvings: the same calls as a `Wide` sees, in the same order."""
 
-    def __init__(self) -> None:
+    def __init__(self, rounded: Mapping[str, float]) -> None:
         super().__init__(Script())
+        self.rounded = rounded
         self.units: list[float] = []
         self.quantized: set[torch.dtype] = set()
 
     def _call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         found = func(*args, **kwargs)
-        self.units.append(_halving(func, args, found))
+        self.units.append(self.rounded.get(func.__name__) or _halving(func, args, found))
         return found
 
     def quantize(self, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
@@ -248,19 +271,21 @@ HALF: Final = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 _MOVES: Final = frozenset(
     (
         "__get__", "__getitem__", "__setitem__", "amax", "amin", "cat", "chunk", "clamp", "clone", "contiguous",
-        "detach", "empty", "empty_like", "expand", "flatten", "flip", "full", "full_like", "gather", "index_copy_",
-        "index_select", "masked_fill", "max", "min", "narrow", "neg", "new_empty", "new_full", "new_zeros", "ones",
-        "ones_like", "pad", "permute", "relu", "repeat_interleave", "reshape", "roll", "select", "split", "squeeze",
-        "stack", "topk", "transpose", "unbind", "unflatten", "unsqueeze", "view", "where", "zeros", "zeros_like",
+        "detach", "embedding", "empty", "empty_like", "expand", "eye", "flatten", "flip", "full", "full_like", "gather",
+        "index", "index_copy_", "index_select", "masked_fill", "max", "min", "narrow", "neg", "new_empty", "new_full",
+        "new_zeros", "ones", "ones_like", "pad", "permute", "relu", "repeat_interleave", "reshape", "roll", "select",
+        "split", "squeeze", "stack", "topk", "transpose", "unbind", "unflatten", "unsqueeze", "view", "where", "zeros",
+        "zeros_like",
     )
 )  # fmt: skip
 
 
 def _halving(func: Callable[..., Any], args: tuple[Any, ...], found: Any) -> float:
     """u of the 16-bit dtype that a call rounds its result to; 0 if it does not, or computes nothing."""
-    if not isinstance(found, Tensor) or found.dtype not in HALF or func.__name__ in _MOVES:
+    name = func.__name__.partition(".")[0]  # an operator's has its overload behind it
+    if not isinstance(found, Tensor) or found.dtype not in HALF or name in _MOVES:
         return 0.0
-    cast = func.__name__ in ("to", "bfloat16", "half", "type_as")
+    cast = name in ("to", "bfloat16", "half", "type_as")
     return 0.0 if cast and args[0].dtype == found.dtype else HALF[found.dtype]
 
 
@@ -308,9 +333,18 @@ def run_wide(function: Callable[..., Any], arguments: dict[str, Any], mutated: S
     return mode.trace
 
 
-def halvings_of(function: Callable[..., Any], arguments: dict[str, Any], mutated: Sequence[str]) -> Halvings:
-    """Where a reference rounds to 16 bits on its way, as it runs on these arguments."""
-    mode, given = Narrow(), arguments | {name: arguments[name].clone() for name in mutated}
+def halvings_of(
+    function: Callable[..., Any],
+    arguments: dict[str, Any],
+    mutated: Sequence[str],
+    rounded: Mapping[str, float] | None = None,
+) -> Halvings:
+    """Where a reference rounds to 16 bits on its way, as it runs on these arguments.
+
+    Args:
+        rounded: functions of torch, by name, whose results a kernel rounds although the reference does not: u.
+    """
+    mode, given = Narrow(rounded or {}), arguments | {name: arguments[name].clone() for name in mutated}
     with _redirected(mode), mode:
         function(**given)
     widest = max(mode.quantized, key=lambda d: d.itemsize, default=torch.float32)
@@ -324,6 +358,11 @@ def results_of(returned: Any) -> tuple[Any, ...]:
     return tuple(returned) if isinstance(returned, (tuple, list)) else (returned,)
 
 
+def generator_on(device: torch.device) -> torch.Generator:
+    """A generator of random numbers that a device can use."""
+    return torch.Generator(device)
+
+
 # Of larger ones (weights) the rounding acts as that of what they are multiplied with does, and takes long to draw.
 _MOST_JITTERED: Final = 1 << 18
 
@@ -331,7 +370,7 @@ _MOST_JITTERED: Final = 1 << 18
 def _jittered(mode: Wide, value: Any) -> Any:
     if isinstance(value, Tensor) and value.dtype == torch.float64 and value.numel() <= _MOST_JITTERED:
         return mode.jitter(value)
-    return value
+    return [_jittered(mode, v) for v in value] if isinstance(value, list) else value
 
 
 def widen(value: Any) -> Any:

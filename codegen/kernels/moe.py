@@ -1,4 +1,4 @@
-"""Routed experts with packed weights (spec 2.8, 3.4, 6.1 K21-K22), clamped SwiGLU, and the sum with the shared expert.
+"""Routed experts (spec 2.8, 3.4, 6.1 K21-K22) with weights that are packed, or in full precision as they are.
 
 Pseudo-code:
     pairs sorted by expert, activations laid out          (`moe_sort`)
@@ -23,7 +23,13 @@ from torch import Tensor
 
 from atomc.codegen.device import TYPES, Device, cdiv, power_of_two
 from atomc.codegen.kernels.common import e2m1_value, e8m0_byte
-from atomc.codegen.kernels.moe_product import eights_product, fours_product, mx_product, sixteens_product
+from atomc.codegen.kernels.moe_product import (
+    eights_product,
+    fours_product,
+    mx_product,
+    plain_product,
+    sixteens_product,
+)  # fmt: skip
 from atomc.codegen.kernels.moe_sort import ORDERS, Sorted, empty_wide, ordered, padded, sort
 from atomc.codegen.kernels.quantize import (
     block_scale,
@@ -43,7 +49,7 @@ ASM = not triton.knobs.runtime.interpret
 
 
 @triton.jit
-def store_inner(
+def store_codes(
     a, codes, scales, at, keep, first, PAIRS, INNER: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
     WIDE: tl.constexpr, EIGHT: tl.constexpr, ORDER: tl.constexpr, GROUP: tl.constexpr, ELEMENT: tl.constexpr,
     FLOOR: tl.constexpr, TOP: tl.constexpr, SCALE: tl.constexpr,
@@ -85,6 +91,23 @@ def store_inner(
 
 
 @triton.jit
+def store_inner(
+    a, codes, scales, at, keep, first, PAIRS, INNER: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    WIDE: tl.constexpr, EIGHT: tl.constexpr, ORDER: tl.constexpr, GROUP: tl.constexpr, ELEMENT: tl.constexpr,
+    FLOOR: tl.constexpr, TOP: tl.constexpr, SCALE: tl.constexpr,
+):  # fmt: skip
+    """Columns first .. of rows `at` of what w2 multiplies, from a [R, C] fp32: codes, or with no ELEMENT values."""
+    if ELEMENT == "":
+        column = first + tl.arange(0, C)[None, :]
+        value = a.to(codes.dtype.element_ty)
+        tl.store(codes + at.to(tl.int64)[:, None] * INNER + column, value, mask=keep[:, None] & (column < INNER))
+    else:
+        store_codes(
+            a, codes, scales, at, keep, first, PAIRS, INNER, R, C, WIDE, EIGHT, ORDER, GROUP, ELEMENT, FLOOR, TOP, SCALE
+        )
+
+
+@triton.jit
 def expert_product(
     x, x_scale, row, keep, M, w, w_scale, expert, n, up, ROWS: tl.constexpr, K: tl.constexpr, split,
     SPLIT: tl.constexpr, KIND: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, PAIR: tl.constexpr,
@@ -93,9 +116,9 @@ def expert_product(
 ):  # fmt: skip
     """[BN, BM] of rows n (and `up`) of an expert's matrix [ROWS, K], over part `split` of SPLIT of the columns.
 
-    `row` [BM] are rows of x, of which there are M.
+    `row` [BM] are rows of x, of which there are M. FORM: of a plain product its precision.
     """
-    KP: tl.constexpr = (K + 127) // 128 * 128
+    KP: tl.constexpr = K if KIND == "plain" else (K + 127) // 128 * 128
     STEPS: tl.constexpr = (KP + BK - 1) // BK
     first, stop = STEPS * split // SPLIT, STEPS * (split + 1) // SPLIT
     last: tl.constexpr = ROWS - 1
@@ -122,6 +145,8 @@ def expert_product(
             x, x_scale, row, keep, w, w_scale, n, up, last, first, stop, K, KP, BN, BM, PAIR, GROUP >= KP, CHUNK, WORDS,
             ASM,
         )  # fmt: skip
+    elif KIND == "plain":
+        acc, other = plain_product(x, row, keep, w + whole * K, n, up, last, first, stop, K, BN, BM, BK, PAIR, FORM)
     else:
         w += whole * K
         w_scale += expert * (((ROWS + TILE - 1) // TILE) * ((K + 127) // 128 if WIDTH else 1))
@@ -368,19 +393,81 @@ def scaled_moe_experts(
     t, choices = indices.shape
     eights = l13.element.bits == 8 and not multiplies_mx(device, l13, outer)
     if folds(device, outer, inner, (l13, l2), (k, i, d), choices, experts):
-        y = _folded(device, codes, scales, w13, w13_scales, w2, w2_scales, indices, weights, limit, outer, inner, dtype)
+        from atomc.codegen.kernels import moe_hopper  # the layer of Triton that it needs is not every backend's
+
+        matrices = (w13, w13_scales, w2, w2_scales)
+        y = moe_hopper.products(device, codes, scales, *matrices, indices, weights, limit, outer, inner, dtype)
         return _sum(device, y)
     config = choose(device, choices, experts, fused=inner.columns in (32, 128), eights=eights)
     kind = kind_of(device, l13, outer, k, config.bm)
     rows = sort(device, codes, scales, outer, indices, experts, config.bm, kind)
-    a, a_scales = _in(device, rows, w13, w13_scales, weights, config, outer, inner, l13, l2, (k, i), limit, dtype)
+    whole = power_of_two(padded(i)) if inner.columns == 0 else 128
+    end = inner_constants(device, inner, l2, i, whole, config.bm)
+    if end["WIDE"]:
+        a = empty_wide(device, t * choices, i, inner, kind_of(device, l2, inner, i, config.bm))
+    else:
+        a = empty_pair(device, (t * choices, i), str(inner))
+    shared = weight_constants(device, l13, outer, k, config.bm, config.warps_in, config.bn_in)
+    first = Matrix(**weight_args(w13, w13_scales, shared), constants=shared, k=k)
+    launch_in(device, rows, first, weights, config, a, end, whole, limit, dtype)
     shared = weight_constants(device, l2, inner, i, config.bm, config.warps_out, config.bn_out)
-    y = device.empty((t, choices, d), dtype)
-    args = {
-        "x": unsigned(a), "x_scale": a_scales, **weight_args(w2, w2_scales, shared), "order": rows.order,
-        "plan": rows.plan, "out": y, "PAIRS": t * choices,
+    second = Matrix(**weight_args(w2, w2_scales, shared), constants=shared, k=i)
+    return launch_out(device, rows, second, a, config, (t, choices, d), dtype)
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Weights as a product reads them.
+
+    Attributes:
+        w_scale: None where nothing is scaled. constants: what `expert_product` must know. k: columns.
+    """
+
+    w: Tensor
+    w_scale: Tensor | None
+    constants: dict[str, Any]
+    k: int
+
+
+Rows = tuple[Tensor, Tensor | None]  # what w2 multiplies, in sorted order: `wide`, or codes and scales, or values
+
+
+def launch_in(
+    device: Device, rows: Sorted, w13: Matrix, weights: Tensor, config: Config, a: Rows, end: dict[str, Any],
+    whole: int, limit: float, dtype: torch.dtype,
+) -> None:  # fmt: skip
+    """What w2 multiplies -> a. end: what `store_inner` must know; whole: columns that `inner_rows` takes at once."""
+    i, (pairs, choices) = end["INNER"], (weights.numel(), weights.shape[1])
+    partial = None if config.fused else device.empty((config.split, pairs, 2 * i), torch.float32)
+    given = {"LIMIT": limit, "DTYPE": getattr(tl, {"fp32": "float32", "bf16": "bfloat16"}[TYPES[dtype]])}
+    made = {"codes": unsigned(a[0]), "scales": a[1]}
+    args: dict[str, Any] = {
+        "x": unsigned(rows.x), "x_scale": rows.scales, "w": w13.w, "w_scale": w13.w_scale, "order": rows.order,
+        "plan": rows.plan, "weights": weights, **made, "partial": partial, "PAIRS": pairs,
     }  # fmt: skip
-    constants = {"K": i, "N": d, "BN": config.bn_out, "BM": config.bm, **shared}
+    constants = {
+        "CHOICES": choices, **given, "K": w13.k, "SPLIT": config.split, "FUSED": config.fused, "BN": config.bn_in,
+        "BM": config.bm, **w13.constants, **end,
+    }  # fmt: skip
+    grid = (rows.tiles * cdiv(i, config.bn_in) * config.split,)
+    device.launch(experts_in, grid, args, constants, warps=config.warps_in, stages=config.stages_in)
+    if partial is not None:
+        args = {"partial": partial, "order": rows.order, "weights": weights, **made, "PAIRS": pairs}
+        constants = {**given, "SPLIT": config.split, "C": whole, **end}
+        device.launch(inner_rows, (pairs, cdiv(padded(i), whole)), args, constants, warps=max(min(whole // 128, 8), 1))
+
+
+def launch_out(
+    device: Device, rows: Sorted, w2: Matrix, a: Rows, config: Config, shape: tuple[int, int, int], dtype: torch.dtype
+) -> Tensor:
+    """The products with w2 [pairs, d], and their sums [t, d] in fp32. shape: (t, choices, d)."""
+    t, choices, d = shape
+    y = device.empty(shape, dtype)
+    args = {
+        "x": unsigned(a[0]), "x_scale": a[1], "w": w2.w, "w_scale": w2.w_scale, "order": rows.order, "plan": rows.plan,
+        "out": y, "PAIRS": t * choices,
+    }  # fmt: skip
+    constants = {"K": w2.k, "N": d, "BN": config.bn_out, "BM": config.bm, **w2.constants}
     grid = (rows.tiles * cdiv(d, config.bn_out),)
     device.launch(experts_out, grid, args, constants, warps=config.warps_out, stages=config.stages_out)
     return _sum(device, y)
@@ -403,22 +490,6 @@ def folds(
     return ASM and device.target.arch == "sm_90" and known and fits and pairs >= 24 * experts
 
 
-def _folded(
-    device: Device, codes: Tensor, scales: Tensor, w13: Tensor, w13_scales: Tensor, w2: Tensor, w2_scales: Tensor,
-    indices: Tensor, weights: Tensor, limit: float, outer: Layout, inner: Layout, dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    """y [T, choices, D] by the kernels of `moe_hopper`."""
-    from atomc.codegen.kernels import moe_hopper  # the part of Triton that it is written in is not every backend's
-
-    rows = sort(device, codes, scales, outer, indices, w13.shape[0], moe_hopper.TOKENS, "folded")
-    a, a_scales = empty_wide(device, weights.numel(), w13.shape[1] // 2, inner, "folded")
-    y = device.empty((*weights.shape, w2.shape[1]), dtype)
-    given = (limit, inner.floor, getattr(tl, {"fp32": "float32", "bf16": "bfloat16"}[TYPES[dtype]]))
-    moe_hopper.product(device, rows, rows.x, rows.scales, w13, w13_scales, weights, a, a_scales, *given)
-    moe_hopper.product(device, rows, a, a_scales, w2, w2_scales, weights, y, a_scales, *given)
-    return y
-
-
 def _sum(device: Device, y: Tensor) -> Tensor:
     """y [T, choices, D] summed over the choices."""
     t, choices, d = y.shape
@@ -427,44 +498,3 @@ def _sum(device: Device, y: Tensor) -> Tensor:
     constants = {"N": d, "CHOICES": choices, "BLOCK": block}
     device.launch(sum_choices, (t, cdiv(d, block)), {"y": y, "out": out}, constants, warps=threads(device, block))
     return out
-
-
-def _in(
-    device: Device, rows: Sorted, w13: Tensor, w13_scales: Tensor, weights: Tensor, config: Config, outer: Layout,
-    inner: Layout, l13: Layout, l2: Layout, sizes: tuple[int, int], limit: float, dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """What w2 multiplies, in sorted order: `wide`, or codes and scales of the inner layout."""
-    k, i = sizes
-    pairs, choices = weights.numel(), weights.shape[1]
-    whole = power_of_two(padded(i)) if inner.columns == 0 else 128
-    end = inner_constants(device, inner, l2, i, whole, config.bm)
-    if end["WIDE"]:
-        a, a_scales = empty_wide(device, pairs, i, inner, kind_of(device, l2, inner, i, config.bm))
-    else:
-        a, a_scales = empty_pair(device, (pairs, i), str(inner))
-    partial = None if config.fused else device.empty((config.split, pairs, 2 * i), torch.float32)
-    given = {"LIMIT": limit, "DTYPE": getattr(tl, {"fp32": "float32", "bf16": "bfloat16"}[TYPES[dtype]])}
-    shared = weight_constants(device, l13, outer, k, config.bm, config.warps_in, config.bn_in)
-    args: dict[str, Any] = {
-        "x": unsigned(rows.x), "x_scale": rows.scales, **weight_args(w13, w13_scales, shared), "order": rows.order,
-        "plan": rows.plan, "weights": weights, "codes": unsigned(a), "scales": a_scales, "partial": partial,
-        "PAIRS": pairs,
-    }  # fmt: skip
-    constants = {
-        "CHOICES": choices, **given, "K": k, "SPLIT": config.split, "FUSED": config.fused, "BN": config.bn_in,
-        "BM": config.bm, **shared, **end,
-    }  # fmt: skip
-    grid = (rows.tiles * cdiv(i, config.bn_in) * config.split,)
-    device.launch(experts_in, grid, args, constants, warps=config.warps_in, stages=config.stages_in)
-    if partial is not None:
-        args = {
-            "partial": partial,
-            "order": rows.order,
-            "weights": weights,
-            "codes": unsigned(a),
-            "scales": a_scales,
-            "PAIRS": pairs,
-        }
-        constants = {**given, "SPLIT": config.split, "C": whole, **end}
-        device.launch(inner_rows, (pairs, cdiv(padded(i), whole)), args, constants, warps=max(min(whole // 128, 8), 1))
-    return a, a_scales

@@ -133,28 +133,35 @@ def added(acc, a, ring, stage, FIRST: gl.constexpr, N: gl.constexpr):
 @gluon.jit
 def multiply(
     ring, step, stage, phase, top0, top1, levels, PART: gl.constexpr, MORE: gl.constexpr, STEPS: gl.constexpr,
-    STAGES: gl.constexpr,
+    STAGES: gl.constexpr, AGAIN: gl.constexpr,
 ):  # fmt: skip
-    """Sums of two pieces, for 64 tokens and MORE (0: none) after them; and where the ring stands."""
+    """Sums of two pieces, for 64 tokens and MORE (0: none) after them; and where the ring stands.
+
+    AGAIN: whether each level loads the rows' largest scales: registers decide.
+    """
     codes, x, scales, s, full, empty = ring
     scales = scales._reinterpret(gl.int32, [32, 64], FLAT)
     N: gl.constexpr = MORE if MORE > 0 else 32
     first: gl.constexpr = mma_of(64)
+    rows: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, CODES))
     zero = gl.zeros([64, 64], gl.float32, layout=first)
     acc0, acc1 = zero, zero
     more0 = gl.zeros([64, N], gl.float32, layout=mma_of(N))
     more1 = more0
+    its0, its1 = top0.load(rows), top1.load(rows)
     for level in range(levels):
         down = 11 + 12 * (levels - 1 - level)
+        if AGAIN:
+            its0, its1 = top0.load(rows), top1.load(rows)
         for _ in range(STEPS):
             at = (step & 4) * 4 + (step & 3)
             mbarrier.wait(full.index(stage), phase)
             # The copies are ordered before what reads them as operands.
             fence_async_shared()
-            a = left(codes, scales, top0 - down, stage, at, 2 * PART, first)
+            a = left(codes, scales, its0 - down, stage, at, 2 * PART, first)
             right = x.index(stage).slice(0, 64).permute((1, 0))
             p = warpgroup_mma(a, right, zero, use_acc=False, is_async=True)
-            b = left(codes, scales, top1 - down, stage, at, 2 * PART + 1, first)
+            b = left(codes, scales, its1 - down, stage, at, 2 * PART + 1, first)
             p = warpgroup_mma_wait(0, [p])
             acc0 += p * gl.expand_dims(s.index(stage).slice(0, 64).load(gl.SliceLayout(0, first)), 0)
             if MORE > 0:
@@ -277,7 +284,18 @@ def tile_of(
     L: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, CODES))
     top0, top1 = tops.index(slot * 4 + 2 * PART), tops.index(slot * 4 + 2 * PART + 1)
     a, b, more_a, more_b, step, stage, phase = multiply(
-        ring, step, stage, phase, top0.load(L), top1.load(L), value(told.index(slot * 4)), PART, MORE, K // 128, STAGES
+        ring,
+        step,
+        stage,
+        phase,
+        top0,
+        top1,
+        value(told.index(slot * 4)),
+        PART,
+        MORE,
+        K // 128,
+        STAGES,
+        PAIR,
     )
     # Loaded again: over the loop they would take registers.
     top0, top1 = top0.load(L), top1.load(L)
@@ -456,11 +474,11 @@ def experts_folded(
     one = (plan, out, scales, PAIRS, ring, its_tops, carried, told, (largest, swap), ready, read)
     gl.warp_specialize(
         [
-            (consume, (one, 0, PAIR, K, N, LIMIT, DTYPE, FLOOR, STAGES)),
-            (consume, (one, 1, PAIR, K, N, LIMIT, DTYPE, FLOOR, STAGES)),
             (produce, (x, x_scale, w, w_scale, tops, levels, order, plan, weights, PAIRS, ring, its_tops, carried, told,
                        ready, read, CHOICES, PAIR, K, N, STAGES)),
+            (consume, (one, 0, PAIR, K, N, LIMIT, DTYPE, FLOOR, STAGES)),
+            (consume, (one, 1, PAIR, K, N, LIMIT, DTYPE, FLOOR, STAGES)),
         ],
         [4, 4],
-        [REGISTERS, FEW],
+        [REGISTERS, REGISTERS],
     )  # fmt: skip

@@ -10,6 +10,7 @@ Terms:
             (a scale for the whole row is left out, and multiplies the sum).
     eights  e4m3 weights: a product for each block of 128 columns, whose sum is scaled in fp32.
     mx      either, on a target whose matrix instructions multiply the E8M0 scales too.
+    plain   weights and activations in bf16 or fp32, as they are stored.
 
 Scales below 2^-126 count as 0.
 """
@@ -332,4 +333,25 @@ def mx_product(
             left = weight_tile(w, up + rows, last, step, K // BYTES, BK // BYTES)
             left_s = mx_scales(w_scale, up + rows, last, step, K, BK, ROWS, WIDTH)
             other = tl.dot_scaled(left, left_s, LEFT, right, s, FORM, other)
+    return acc, other
+
+
+@triton.jit
+def plain_product(
+    x, row, keep, w, n, up, last, first, stop, K: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    PAIR: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """As `fours_product`, of x [.., K] and w without scales. Steps of BK columns first .. stop."""
+    acc = tl.zeros((BN, BM), tl.float32)
+    other = acc
+    rows = tl.arange(0, BN)
+    x += row.to(tl.int64)[None, :] * K
+    for step in range(first, stop):
+        column = step * BK + tl.arange(0, BK)[:, None]
+        right = tl.load(x + column, mask=keep[None, :] & (column < K), other=0.0)
+        left = weight_tile(w, n + rows, last, step, K, BK)
+        acc = tl.dot(left, right, acc, input_precision=PRECISION)
+        if PAIR:
+            left = weight_tile(w, up + rows, last, step, K, BK)
+            other = tl.dot(left, right, other, input_precision=PRECISION)
     return acc, other

@@ -29,6 +29,7 @@ from atomc.codegen.kernels.common import e2m1_value, e8m0_value
 from atomc.formats import Layout
 
 ORDERS = {"fours": "pairs", "sixteens": "words", "folded": "folded"}  # by kind of product (see `moe_product`)
+AS_STORED = ("mx", "plain")  # kinds that read the operator's activations
 SMALL = 1024
 BLOCK = 256  # pairs that a program counts, or places
 ROWS, COLUMNS = 8, 512  # of a tile of activations that a program lays out
@@ -193,7 +194,7 @@ class Sorted:
     order: Tensor
     plan: Tensor
     x: Tensor
-    scales: Tensor
+    scales: Tensor | None
     tiles: int
 
 
@@ -218,27 +219,28 @@ def empty_wide(device: Device, rows: int, k: int, layout: Layout, kind: str) -> 
 
 
 def sort(
-    device: Device, codes: Tensor, scales: Tensor, layout: Layout, indices: Tensor, experts: int, bm: int,
+    device: Device, codes: Tensor, scales: Tensor | None, layout: Layout | None, indices: Tensor, experts: int, bm: int,
     kind: str,
 ) -> Sorted:  # fmt: skip
-    """Pairs by expert, and x [T, K] as a product of that kind reads it."""
+    """Pairs by expert, and x [T, K] as a product of that kind reads it; x in full precision has no layout."""
     t, choices = indices.shape
-    k = codes.shape[-1] * layout.element.packed
+    pack = 1 if layout is None else layout.element.packed
+    k = codes.shape[-1] * pack
     pairs, kp, most = t * choices, padded(k), most_tiles(device, t * choices, choices, experts, bm)
     order, plan = device.empty((pairs,), torch.int32), device.empty((1 + 3 * most,), torch.int32)
     x, s = codes, scales
     programs = 0
-    if kind != "mx":
+    if layout is not None and kind not in AS_STORED:
         x, s = empty_wide(device, t, k, layout, kind)
         programs = cdiv(t, ROWS) * cdiv(kp, COLUMNS)
     bins = power_of_two(experts)
-    packed = codes.view(torch.uint8) if layout.element.packed == 2 else codes
+    packed = codes.view(torch.uint8) if pack == 2 else codes
     args: dict[str, Any] = {
         "codes": packed, "scales": scales, "wide": x, "wide_scales": s, "PAIRS": pairs, "T": t,
     }  # fmt: skip
     constants: dict[str, Any] = {
-        "EXPERTS": bins, "K": k, "KP": kp, "GROUP": layout.columns or kp, "FOUR": layout.element.packed == 2,
-        "ORDER": ORDERS.get(kind, ""), "R": ROWS, "C": COLUMNS, "WIDE": kind != "mx",
+        "EXPERTS": bins, "K": k, "KP": kp, "GROUP": (layout and layout.columns) or kp,
+        "FOUR": pack == 2, "ORDER": ORDERS.get(kind, ""), "R": ROWS, "C": COLUMNS, "WIDE": kind not in AS_STORED,
     }  # fmt: skip
     if device.tokens * choices <= SMALL:
         most_pairs = max(power_of_two(device.tokens * choices), 16)

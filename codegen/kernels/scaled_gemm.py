@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from atomc.codegen.aot import KernelError
-from atomc.codegen.device import Device, cdiv
+from atomc.codegen.device import Device, cdiv, power_of_two
 from atomc.codegen.kernels.common import e8m0_value
 from atomc.codegen.kernels.gemm import Tiles, choose, keep, launch_with_splits, load_rows, load_tokens, place, rows_of
 from atomc.formats import Layout
@@ -63,9 +63,8 @@ def along(v, ROWS: tl.constexpr):
 def add_step(
     acc, a, xs, w_at, ws_at, kw, step, KW: tl.constexpr, SW: tl.constexpr, W_BLOCK: tl.constexpr, BK: tl.constexpr,
     ONE_ROW: tl.constexpr, X_SCALED: tl.constexpr, FNUZ: tl.constexpr, FIRST: tl.constexpr, EXACT: tl.constexpr,
-    LEAN: tl.constexpr,
 ):  # fmt: skip
-    """acc + (a bᵀ) xs ws of one step, with xs and ws constant along K. LEAN: see `scaled_gemm`."""
+    """acc + (a bᵀ) xs ws of one step, with xs and ws constant along K."""
     b = load_rows(w_at, kw, step, KW, SW)
     b = expand(b, FNUZ) if SW < BK else b
     if EXACT and not X_SCALED and W_BLOCK == 0:
@@ -74,7 +73,7 @@ def add_step(
         product = tl.dot(b, a.T) if FIRST else tl.dot(a, b.T)
         if W_BLOCK > 0:
             ws = load_scale(ws_at + step * BK // W_BLOCK)
-            if X_SCALED and ONE_ROW and not LEAN:
+            if X_SCALED and ONE_ROW:
                 product *= along(xs * ws, not FIRST)
             else:
                 product = product * along(xs, not FIRST) if X_SCALED else product
@@ -127,12 +126,12 @@ def finish(
 
 @triton.jit
 def weight_at(
-    w, w_scale, group, n0, kw, N: tl.constexpr, START: tl.constexpr, BN: tl.constexpr, KW: tl.constexpr,
-    W_ROWS: tl.constexpr, SCALES: tl.constexpr, ONE_ROW: tl.constexpr,
+    w, w_scale, group, n0, kw, N: tl.constexpr, BN: tl.constexpr, KW: tl.constexpr, W_ROWS: tl.constexpr,
+    SCALES: tl.constexpr, ONE_ROW: tl.constexpr,
 ):  # fmt: skip
-    """Pointers to the codes [BN, step] and the scales, [BN] or one, of rows n0 + START .. of a group's N rows."""
-    n, first = rows_of(n0, N, START, BN), group * N + n0
-    scale_row = (first + START) // W_ROWS if ONE_ROW else (first + n) // W_ROWS
+    """Pointers to the codes [BN, step] and the scales, [BN] or one, of rows n0 .. of a group's N rows."""
+    n, first = rows_of(n0, N, BN), group * N + n0
+    scale_row = first // W_ROWS if ONE_ROW else (first + n) // W_ROWS
     return w + first.to(tl.int64) * KW + (n[:, None] * KW + kw[None, :]), w_scale + scale_row * SCALES
 
 
@@ -140,20 +139,18 @@ def weight_at(
 def scaled_gemm(
     x, x_scale, w, w_scale, out, M, N: tl.constexpr, K: tl.constexpr, GROUPS: tl.constexpr, X_BLOCK: tl.constexpr,
     W_BLOCK: tl.constexpr, W_ROWS: tl.constexpr, X_PACKED: tl.constexpr, W_PACKED: tl.constexpr, MX: tl.constexpr,
-    FNUZ: tl.constexpr, FACTOR: tl.constexpr, EXACT: tl.constexpr, HALVES: tl.constexpr,
+    FNUZ: tl.constexpr, FACTOR: tl.constexpr, EXACT: tl.constexpr,
     FIRST: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """A tile of x [M, GROUPS, K] w [GROUPS, N, K]ᵀ -> [M, GROUPS N], or a split's share: out is then fp32 [SPLITS, ..].
 
     X_BLOCK, W_BLOCK: columns of a scale block, 0: the whole row. W_ROWS: rows of it. FACTOR: what expansion left out.
-    MX: scaled matrix instructions. EXACT: the matrix unit's own sums have fp32 precision. HALVES: 2: the tile has 2 BN
-    rows of the weight, and the sums of a step need registers for half of it only; LEAN keeps the first half's from
-    living on into the second.
+    MX: scaled matrix instructions. EXACT: the matrix unit's own sums have fp32 precision.
     """
-    tiles_n: tl.constexpr = (N + HALVES * BN - 1) // (HALVES * BN)
+    tiles_n: tl.constexpr = (N + BN - 1) // BN
     tile_m, tile_n = place(tl.program_id(0), M, BM, GROUPS * tiles_n)
     group, split = tile_n // tiles_n, tl.program_id(1)
-    m0, n0 = tile_m * BM, tile_n % tiles_n * (HALVES * BN)
+    m0, n0 = tile_m * BM, tile_n % tiles_n * BN
     steps: tl.constexpr = (K + BK - 1) // BK
     share: tl.constexpr = (steps + SPLITS - 1) // SPLITS
     # Stored bytes of a row, and of a step of it.
@@ -163,16 +160,13 @@ def scaled_gemm(
     SW: tl.constexpr = BK // 2 if W_PACKED else BK
     x_scales: tl.constexpr = (K + X_BLOCK - 1) // X_BLOCK if X_BLOCK else 1
     w_scales: tl.constexpr = (K + W_BLOCK - 1) // W_BLOCK if W_BLOCK else 1
-    one_row: tl.constexpr = W_ROWS % BN == 0 and N % BN == 0 and not MX  # a tile, or half of it, has one scale
+    one_row: tl.constexpr = W_ROWS % BN == 0 and N % BN == 0 and not MX  # a tile has one scale
     m, kx, kw = tl.arange(0, BM), tl.arange(0, SX), tl.arange(0, SW)
     inside, x_row = m0 + m < M, m0.to(tl.int64) * GROUPS + group
     x_at = x + x_row * KX + (m[:, None] * (GROUPS * KX) + kx[None, :])
     xs_at = x_scale + x_row * x_scales + m * (GROUPS * x_scales)
-    w_at, ws_at = weight_at(w, w_scale, group, n0, kw, N, 0, BN, KW, W_ROWS, w_scales, one_row)
+    w_at, ws_at = weight_at(w, w_scale, group, n0, kw, N, BN, KW, W_ROWS, w_scales, one_row)
     acc = tl.zeros((BN, BM) if FIRST else (BM, BN), tl.float32)
-    if HALVES == 2:
-        w_at_2, ws_at_2 = weight_at(w, w_scale, group, n0, kw, N, BN, BN, KW, W_ROWS, w_scales, one_row)
-        acc_2 = acc
     for step in range(split * share, min(steps, (split + 1) * share)):
         a = load_tokens(x_at, inside, kx, step, KX, SX)
         if MX:
@@ -181,17 +175,28 @@ def scaled_gemm(
             a = expand(a, FNUZ) if X_PACKED else a
             xs = load_scale(xs_at + step * BK // X_BLOCK, inside) if X_BLOCK > 0 else 1.0
             acc = add_step(acc, a, xs, w_at, ws_at, kw, step, KW, SW, W_BLOCK, BK, one_row, X_BLOCK > 0, FNUZ, FIRST,
-                           EXACT, HALVES == 2)  # fmt: skip
-        if HALVES == 2:
-            acc_2 = add_step(acc_2, a, xs, w_at_2, ws_at_2, kw, step, KW, SW, W_BLOCK, BK, one_row, X_BLOCK > 0, FNUZ,
-                             FIRST, EXACT, False)  # fmt: skip
+                           EXACT)  # fmt: skip
     row: tl.constexpr = GROUPS * N
     at = out + split.to(tl.int64) * M * row + group * N
     acc = finish(acc, xs_at, inside, ws_at, X_BLOCK, W_BLOCK, FIRST, FACTOR)
     keep(acc, at, m0, n0, M, N, row, FIRST, BM, BN)
-    if HALVES == 2:
-        acc_2 = finish(acc_2, xs_at, inside, ws_at_2, X_BLOCK, W_BLOCK, FIRST, FACTOR)
-        keep(acc_2, at, m0, n0 + BN, M, N, row, FIRST, BM, BN)
+
+
+@triton.jit
+def wide_scales(
+    x_scale, w_scale, xs, ws, M, KB: tl.constexpr, NB: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """float32 scales of w [NB, KB] by the first programs, of x [M, KB] -> [KB, M] by the others, R rows each."""
+    parts: tl.constexpr = (NB * KB + BLOCK - 1) // BLOCK
+    pid = tl.program_id(0)
+    if pid < parts:
+        at = pid * BLOCK + tl.arange(0, BLOCK)
+        tl.store(ws + at, load_scale(w_scale + at, at < NB * KB), mask=at < NB * KB)
+    else:
+        m, c = (pid - parts) * R + tl.arange(0, R)[:, None], tl.arange(0, C)[None, :]
+        inside = (m < M) & (c < KB)
+        tl.store(xs + c * M + m, load_scale(x_scale + m * KB + c, inside), mask=inside)
 
 
 # -- host --------------------------------------------------------------------------------------------------------------
@@ -215,23 +220,20 @@ def check_layouts(device: Device, x: Layout, w: Layout, k: int) -> None:
         raise KernelError(f"no kernel for activation layout {x}: a scale is of one token.")
 
 
-def configure(device: Device, x: Layout, w: Layout, n: int, k: int, groups: int) -> tuple[bool, int, Tiles]:
-    """(whether by scaled matrix instructions, into how many halves a tile is parted, the configuration)."""
-    tiles = choose(device, n, k, 1, groups)
+def configure(device: Device, x: Layout, w: Layout, n: int, k: int, groups: int) -> tuple[bool, Tiles]:
+    """(whether by scaled matrix instructions, the configuration)."""
+    tiles = choose(device, "scaled_gemm", n, k, 1, groups)
     powers = all(layout.scale in ("e8m0", "pow2") and layout.columns for layout in (x, w))
     packed = 2 in (x.element.packed, w.element.packed)
     if device.target.mx == "native" and powers and (packed or device.tokens > 64 or device.target.vendor == "amd"):
-        return True, 1, tiles
+        return True, tiles
     depth = tiles.depth
     for layout in (x, w):
         while layout.columns and layout.columns % depth:
             depth //= 2
     if is_exact(device) and not x.columns and not w.columns:
-        return False, 1, replace(tiles, depth=depth)  # the sums of a step are those of the tile
-    rows = min(tiles.rows, 128)
-    # Halves need their registers for sums: a scale for each row, or the expansion, leaves them too few.
-    halves = tiles.rows // rows if not packed and (w.rows % rows == 0 or not w.columns) else 1
-    return False, halves, replace(tiles, depth=depth, rows=rows)
+        return False, replace(tiles, depth=depth)  # the sums of a step are those of the tile
+    return False, replace(tiles, depth=depth, rows=min(tiles.rows, 128))  # the sums of a step need registers too
 
 
 def is_exact(device: Device) -> bool:
@@ -248,17 +250,45 @@ def _product(
     m, groups, k = codes.shape[0], codes.shape[1], codes.shape[2] * x.element.packed
     n = weight.shape[0] // groups
     check_layouts(device, x, w, k)
-    native, halves, tiles = configure(device, x, w, n, k, groups)
+    native, tiles = configure(device, x, w, n, k, groups)
     packed, fnuz = [y.element.packed == 2 for y in (x, w)], device.target.fp8 == "fnuz"
     factor = 1.0 if native else 2.0 ** ((7 if fnuz else 6) * sum(packed))
     constants = {
         "N": n, "K": k, "GROUPS": groups, "X_BLOCK": x.columns, "W_BLOCK": w.columns, "W_ROWS": w.rows,
         "X_PACKED": packed[0], "W_PACKED": packed[1], "MX": native, "FNUZ": fnuz, "FACTOR": factor,
-        "EXACT": is_exact(device), "HALVES": halves,
+        "EXACT": is_exact(device),
     }  # fmt: skip
     args = {"x": codes, "x_scale": scales, "w": weight, "w_scale": weight_scales}
-    shape = (m, groups * n, groups * cdiv(n, halves * tiles.rows))
-    return launch_with_splits(device, scaled_gemm, args, constants, tiles, shape, dtype)
+    shape = (m, groups * n, groups * cdiv(n, tiles.rows))
+    out = device.empty((m, groups * n), dtype)
+    given = (codes, scales, weight, weight_scales, out)
+    fits = fits_library(device, x, w, groups, n, k, dtype)
+    if not (fits and device.library("scaled_mm", lambda: library_arguments(device, *given))):
+        launch_with_splits(device, scaled_gemm, args, constants, tiles, shape, out)
+    return out
+
+
+def fits_library(device: Device, x: Layout, w: Layout, groups: int, n: int, k: int, dtype: torch.dtype) -> bool:
+    """Whether cuBLASLt is to multiply: of many tokens, it takes half the time of the kernel here on an H100."""
+    known = (x.element.name, x.rows, x.columns, w.element.name, w.rows, w.columns) == ("e4m3", 1, 128, "e4m3", 128, 128)
+    whole = n % 128 == 0 and k % 512 == 0  # it wants rows of the weight's scales that are multiples of 16 bytes
+    many = device.target.arch == "sm_90" and device.tokens > 64
+    return many and known and whole and groups == 1 and dtype == torch.bfloat16
+
+
+def library_arguments(
+    device: Device, codes: Tensor, scales: Tensor, weight: Tensor, weight_scales: Tensor, out: Tensor
+) -> tuple[Tensor, ...]:
+    """What `atomc.ops.library.scaled_mm` takes: scales in float32, those of the tokens transposed."""
+    m, (n, k) = codes.shape[0], weight.shape
+    xs = device.empty((k // 128, m), torch.float32)
+    ws = device.empty((n // 128, k // 128), torch.float32)
+    args = {"x_scale": scales, "w_scale": weight_scales, "xs": xs, "ws": ws, "M": m}
+    rows, block = 64, 1024
+    constants = {"KB": k // 128, "NB": n // 128, "R": rows, "C": power_of_two(k // 128), "BLOCK": block}
+    grid = (cdiv(n // 128 * (k // 128), block) + cdiv(m, rows),)
+    device.launch(wide_scales, grid, args, constants)
+    return codes, xs, weight, ws, out
 
 
 def scaled_linear(

@@ -51,7 +51,7 @@ def test_a_damaged_manifest_is_refused(artifact: Path, tmp_path: Path) -> None:
         (folder / MANIFEST).write_bytes(whole[:size])
         with pytest.raises(ArtifactError, match=r"manifest\.json is not a valid"):
             load(folder)
-    for text in (b"\xff\xfe", b"[" * 100_000, b"null", b"{}", b'{"schema": "1"}', b'{"schema": 3}'):
+    for text in (b"\xff\xfe", b"[" * 100_000, b"null", b"{}", b'{"schema": "1"}', b'{"schema": 4}'):
         (folder / MANIFEST).write_bytes(text)
         with pytest.raises(ArtifactError, match=r"manifest\.json is not a valid"):
             load(folder)
@@ -130,7 +130,7 @@ def test_paths_that_leave_the_artifact_are_refused(artifact: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("schema", 4, "schema 4; this atomc reads 3"),
+        ("schema", 5, "schema 5; this atomc reads 4"),
         ("target", "mi355x", "do not go together"),
         ("arch", "gfx950", "do not go together"),
         ("with_weights", False, "--no-weights"),

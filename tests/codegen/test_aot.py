@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,8 @@ import torch
 
 pytest.importorskip("triton", reason="kernels are compiled by triton, which is an extra")
 
-from atomc.codegen.aot import KernelError, Store, build, build_all, key
+from atomc.codegen.aot import KernelError, Store, _nvidia_tool, build, build_all, key
+from atomc.codegen.dependent import LETS, WAITS, waiting
 from atomc.codegen.device import Recorder, Variant, type_of
 from atomc.targets import TARGETS, get_target
 from tests.support.toy_kernels import add, broken, crowded, divide, empty, rowwise_dot
@@ -45,6 +47,35 @@ def test_a_kernel_for_every_target(target: str) -> None:
     assert facts.registers > 0 and facts.spills == 0 and facts.shared <= get_target(target).shared_bytes
     assert any(word in name for name in facts.matrix for word in ("mfma", "mma"))
     assert facts.wide_loads > 0
+
+
+@pytest.mark.parametrize("target", GPUS)
+def test_a_kernel_waits_for_the_one_before_it_where_launches_may_be_dependent(target: str) -> None:
+    assert build(dot_variant(target), get_target(target)).facts.dependent == get_target(target).dependent_launch
+
+
+@pytest.mark.parametrize("target", [name for name in GPUS if TARGETS[name].dependent_launch])
+def test_the_assembler_moves_no_access_to_memory_before_the_wait(target: str, tmp_path: Path) -> None:
+    (tmp_path / "k.cubin").write_bytes(build(dot_variant(target), get_target(target)).data)
+    code = [line for line in _nvidia_tool("-sass", str(tmp_path / "k.cubin")).splitlines() if ";" in line]
+    waits = [at for at, line in enumerate(code) if "ACQBULK" in line]
+    accesses = [
+        at for at, line in enumerate(code) if re.search(r"\b(?:LDG|STG|LDGSTS|ATOMG?|REDG?|UTMALDG|UBLKCP)\b", line)
+    ]
+    assert len(waits) == 1 and accesses and waits[0] < min(accesses)
+
+
+def test_the_wait_is_the_first_instruction() -> None:
+    ptx = ".visible .entry k(\n)\n{\n\t.reg .b32 %r<2>;\n\n// %bb.0:\n\tld.param.b64 %rd1, [k_param_0];\n\tret;\n}\n"
+    lines = waiting(ptx).splitlines()
+    at = lines.index("// %bb.0:")
+    assert lines[at + 1 : at + 4] == [f"\t{WAITS}", f"\t{LETS}", "\tld.param.b64 %rd1, [k_param_0];"]
+    assert [line for line in lines if line not in (f"\t{WAITS}", f"\t{LETS}")] == ptx.splitlines()
+    for wrong in ("", ptx + ptx):
+        with pytest.raises(ValueError, match="and one is expected"):
+            waiting(wrong)
+    with pytest.raises(ValueError, match="sees no write of the grid before it"):
+        waiting(ptx.replace("ret;", "ld.global.nc.b32 %r1, [%rd1];\n\tret;"))
 
 
 def test_the_key_knows_everything_that_decides_the_binary() -> None:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from atomc.codegen.device import Device
 from atomc.codegen.kernels import gemm
 from atomc.ops import OPS
-from tests.support.kernel_cases import Case
+from tests.support.kernel_cases import TOLERANCE, Case
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -32,7 +32,33 @@ def case(
     size: float = 1.0, slow: bool = False, tokens: int = 0,
 ) -> Case:  # fmt: skip
     make = lambda: arguments(x, n, dtypes, size)  # noqa: E731
-    return Case(name, op, getattr(gemm, op), make, tokens or x[0], slow=slow)
+    # The matrix unit adds 16 columns at a time and cuts each sum off at 24 bits; of three parts, three times as often.
+    cut = {FP32: max(TOLERANCE[FP32], 3 * x[-1] / 16 * 2.0**-24)} if FP32 in dtypes else {}
+    return Case(name, op, getattr(gemm, op), make, tokens or x[0], gpu_tolerance=cut, slow=slow)
+
+
+def batched(
+    name: str, shape: tuple[int, int, int, int], dtype: torch.dtype, tokens: int = 0, within: bool = True,
+    slow: bool = False,
+) -> Case:  # fmt: skip
+    """Groups, tokens, N, K: x is [T, G, K] exchanged, or contiguous; the weight [G, N, K] exchanged."""
+    groups, m, n, k = shape
+    known = SimpleNamespace(
+        reference=lambda x, w: torch.bmm(*_views(x, w, within)), overload=torch.ops.aten.bmm.default, mutates=()
+    )
+    OPS[f"bmm {within}"] = known  # type: ignore[assignment]
+
+    def make() -> list[Any]:
+        x = torch.randn((m, groups, k) if within else (groups, m, k))
+        x[..., :16] *= 16
+        return [x.to(dtype), (torch.randn(groups, n, k) * k**-0.5).to(dtype)]
+
+    host = lambda device, x, w: gemm.bmm(device, *_views(x, w, within))  # noqa: E731
+    return Case(f"bmm {name} {title((dtype,))}", f"bmm {within}", host, make, tokens or m, slow=slow)
+
+
+def _views(x: torch.Tensor, w: torch.Tensor, within: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    return x.transpose(0, 1) if within else x, w.transpose(1, 2)
 
 
 PAIRS = ((BF16, BF16), (FP32, BF16), (FP32, FP32), (BF16, FP32))
@@ -42,7 +68,7 @@ SHAPES = (
 )  # fmt: skip
 
 
-def title(dtypes: tuple[torch.dtype, torch.dtype]) -> str:
+def title(dtypes: tuple[torch.dtype, ...]) -> str:
     return "-".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
@@ -62,6 +88,17 @@ CASES = [
         for n, k in ((256, 4096), (2048, 4096), (384, 7168))
         for d in PAIRS[:3]
     ),
+    *(
+        batched(f"{shape} {'within' if within else 'apart'}", shape, dtype, within=within)
+        for shape in ((2, 1, 64, 128), (3, 5, 40, 72), (1, 7, 33, 100), (8, 16, 16, 64), (4, 70, 130, 96))
+        for dtype in (BF16, FP32)
+        for within in (True, False)
+    ),
+    *(case(f"linear prefill narrow {m} {title((d, d))}", (m, 128), 4, (d, d), "linear", tokens=tokens)
+      for m, tokens in ((70, 0), (130, 1 << 17)) for d in (BF16, FP32)),
+    batched("split", (2, 3, 64, 2048), BF16),
+    batched("prefill", (2, 130, 256, 128), BF16, tokens=1 << 17),
+    *(batched(f"real {m}", (8, m, 1024, 4096), dtype, slow=True) for m in (1, 16, 64, 2100) for dtype in (BF16, FP32)),
     *(case(f"fp32 head {m}", (m, 4096), 129280, (BF16, BF16), slow=True) for m in (1, 64)),
 ]  # fmt: skip
 
@@ -81,6 +118,17 @@ def product(
     return run
 
 
+def grouped(groups: int, dtype: torch.dtype) -> Callable[[Device], Any]:
+    """wo_a of a model: 1024 of 4096 for each group of heads."""
+
+    def run(device: Device) -> Any:
+        x = torch.empty(device.tokens, groups, 4096, dtype=dtype, device="meta").transpose(0, 1)
+        w = torch.empty(groups, 1024, 4096, dtype=dtype, device="meta").transpose(1, 2)
+        return gemm.bmm(device, x, w)
+
+    return run
+
+
 FLASH = {"router": (256, 4096), "compressor": (2048, 4096), "hca compressor": (1024, 4096), "index": (512, 4096),
          "weights_proj": (64, 4096), "head": (129280, 4096)}  # fmt: skip
 PRO = {"router": (384, 7168), "compressor": (2048, 7168), "hca compressor": (1024, 7168), "index": (512, 7168),
@@ -94,6 +142,10 @@ PRODUCTS = [
     *((f"flash router {title(d)}", product(256, 4096, d)) for d in PAIRS[1:]),
     *((f"flash head {title(d)}", product(129280, 4096, d)) for d in PAIRS[1:3]),
     ("flash wqkv_a bf16", product(1536, 4096, (BF16, BF16), "linear")),
+    ("flash wo_a bf16", grouped(8, BF16)),
+    ("pro wo_a bf16", grouped(16, BF16)),
+    ("flash wo_a fp32", grouped(8, FP32)),
     ("flash wqkv_a fp32", product(1536, 4096, (FP32, FP32), "linear")),
 ]
+PRODUCTS += [(f"few heads {title(d)}", product(4, 256, d)) for d in (PAIRS[0], PAIRS[2])]
 AOT = [(f"{name} {tokens}", run) for name, run in PRODUCTS for tokens in (1, 16, 64, 8192)]

@@ -1,34 +1,30 @@
 """The lanes of every kernel family that need no GPU: the interpreter, in a process of its own, and ahead of time.
 
 `interp`: each case against the operator's reference. `aot`: the shapes of V4-Flash and V4-Pro compile for every target,
-without a spill, with a matrix instruction and loads of 16 bytes where the kernel has a product, and with shared memory
-that the target has; a family lists its exceptions with the reason (SPILLS, NO_MATRIX, NARROW). About 450 variants for
-each target: an excerpt of them, or all with --every-kernel (`make kernels`). The gpu lane: `tests.kernels.lane`.
+and what `atomc.codegen.assertions` asserts of code objects holds: no spill, a matrix instruction and loads of 16 bytes
+where the kernel has a product, shared memory that the target has. About 550 variants for each target: an excerpt of
+them, or all with --every-kernel (`make kernels`). The gpu lane: `tests.kernels.lane`.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 pytest.importorskip("triton", reason="kernels are compiled by triton, which is an extra")
 
-from triton.runtime.jit import JITFunction
-
 from atomc.codegen.aot import build, key
+from atomc.codegen.assertions import faults_of, has_product
 from atomc.codegen.device import Recorder, Variant
 from atomc.targets import TARGETS, Target, get_target
 
 FAMILIES = sorted(p.stem for p in Path(__file__).parent.glob("*.py") if p.stem not in ("lane", "test_lanes"))
 GPUS = [name for name, target in TARGETS.items() if target.is_gpu and name != "h200"]  # h200 is an h100 to a compiler
-PRODUCTS = re.compile(r"\btl\.dot|\bwarpgroup_mma\(")  # in Triton, in Gluon
 EXCERPT = 4  # one variant in so many is compiled in `make test`, beside both ends of each kernel's table
 
 
@@ -38,6 +34,15 @@ def test_every_case_is_the_reference_in_the_interpreter(family: str, repo_root: 
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.kernels.lane", "interp", family]
     ran = subprocess.run(command, cwd=repo_root, env=environment, capture_output=True, text=True, timeout=900)
+    assert ran.returncode == 0, ran.stdout[-6000:] + ran.stderr[-2000:]
+    assert "ok   " in ran.stdout
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_case_is_the_reference_on_a_gpu(family: str, repo_root: Path) -> None:
+    command = [sys.executable, "-m", "tests.kernels.lane", "gpu", family]
+    ran = subprocess.run(command, cwd=repo_root, capture_output=True, text=True, timeout=900)
     assert ran.returncode == 0, ran.stdout[-6000:] + ran.stderr[-2000:]
     assert "ok   " in ran.stdout
 
@@ -68,21 +73,6 @@ def excerpt(found: dict[str, tuple[str, Variant]]) -> dict[str, tuple[str, Varia
     return {k: v for k, v in found.items() if k in kept or int(k[:8], 16) % EXCERPT == 0}
 
 
-def has_product(kernel: Any) -> bool:
-    """Whether the kernel, or a function that it calls, asks for a matrix product."""
-    named = (kernel.fn.__globals__.get(name) for name in kernel.fn.__code__.co_names)
-    return bool(PRODUCTS.search(kernel.src)) or any(
-        has_product(called) for called in named if isinstance(called, JITFunction)
-    )
-
-
-def excepted(family: str, table: str, variant: Variant) -> bool:
-    """Whether the family's table of exceptions, kernel -> constants, has the variant."""
-    listed: dict[str, dict[str, Any]] = getattr(importlib.import_module(f"tests.kernels.{family}"), table, {})
-    constants = dict(variant.constants)
-    return variant.name in listed and all(constants[name] == value for name, value in listed[variant.name].items())
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("target", GPUS)
 @pytest.mark.parametrize("family", FAMILIES)
@@ -93,12 +83,9 @@ def test_every_kernel_compiles_for_every_target(family: str, target: str, reques
         found = excerpt(found)
     assert found
     for name, variant in found.values():
-        facts, where = build(variant, known).facts, f"{name}: {variant.name} for {target} {dict(variant.constants)}"
-        assert facts.shared <= known.shared_bytes, where
-        assert facts.spills == 0 or excepted(family, "SPILLS", variant), f"{where}: {facts.spills} bytes of spills"
-        product = has_product(variant.kernel) and not excepted(family, "NO_MATRIX", variant)
-        assert bool(facts.matrix) == product, f"{where}: matrix instructions {facts.matrix}"
-        assert facts.wide_loads or not product or excepted(family, "NARROW", variant), f"{where}: no load of 16 bytes"
+        assert faults_of(variant, build(variant, known).facts, known) == [], (
+            f"{name}: {variant.name} for {target} {dict(variant.constants)}"
+        )
 
 
 @pytest.mark.parametrize("target", GPUS)

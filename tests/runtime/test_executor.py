@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from atomc.artifact.buffers import aligned, slot_bytes
+from atomc.artifact.check import check_program
 from atomc.artifact.plan import CallPlan, RegionPlan
 from atomc.artifact.store import ArtifactError
 from atomc.models.deepseek_v4.config import load_config
@@ -30,6 +31,7 @@ from atomc.runtime.graphs import Staging, buckets_of
 from atomc.runtime.loader import device_arch, load
 from atomc.runtime.watch import MemoryWatch, PlanMismatchError, predicted_bytes
 from tests.support.eager import Step, run
+from tests.support.launched import launched
 from tests.support.sealed import copy_of, edit
 
 BLOCKS, PAGES = 12, 40
@@ -158,6 +160,24 @@ def test_a_decode_step_padded_to_a_graph_is_the_step_itself(artifact: Path) -> N
     for name, state in executor.states.items():
         rows = slice(1, executor.num_slots if state.shape[0] == executor.num_slots + 1 else None)
         torch.testing.assert_close(state[rows], after[name][rows], rtol=0, atol=1e-5, equal_nan=True)
+
+
+def test_streams_change_nothing_where_steps_run_in_order(artifact: Path) -> None:
+    """The plan as if each step were launched: chains go aside, the checker agrees, the cpu computes the same."""
+    loaded = load(artifact)
+    regions = {name: launched(region, loaded.program.symbols) for name, region in loaded.regions.items()}
+    program = msgspec.structs.replace(loaded.program, arena_bytes=max(r.arena_bytes for r in regions.values()))
+    check_program("launched", loaded.manifest, program, regions, loaded.weights)
+    csa = regions["layer_csa_topk"].steps
+    assert {step.stream for step in csa} == {0, 1, 2} and any(step.waits for step in csa)
+    ids, found = torch.arange(40), []
+    for artifact_ in (loaded, dataclasses.replace(loaded, program=program, regions=regions)):
+        executor = Executor(artifact_, PoolSizes(PAGES, BLOCKS, 4))
+        torch.manual_seed(0)
+        paged = Paged(executor, 2)
+        found.append(executor.step(paged.batch([(0, 0, ids[:33]), (1, 0, ids[:9])])))
+        found.append(executor.step(paged.batch([(0, 33, ids[33:34]), (1, 9, ids[9:10])])))
+    assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[3])
 
 
 def test_a_batch_arrives_as_it_is(executor: Executor) -> None:

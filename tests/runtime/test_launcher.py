@@ -3,13 +3,73 @@
 from __future__ import annotations
 
 import ctypes
+import struct
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import msgspec
 import pytest
 import torch
 
+from atomc.artifact.kernels import KernelFacts
 from atomc.artifact.plan import SlotInfo
+from atomc.runtime import launcher
 from atomc.runtime.gpu import Memory, Values
 from atomc.runtime.launcher import LaunchError, _c_value, letters_of
+
+FACTS = KernelFacts(
+    name="k", target="h100", signature=["*fp32", "i32", "fp32"], warps=8, stages=3, wavefront=32, shared=1024,
+    registers=1, spills=0, scalar_spills=0, matrix={}, loads=0, wide_loads=0, constants={}, dependent=True,
+)  # fmt: skip
+
+
+class Driver:
+    """Takes what cuLaunchKernelEx is given, by the layout that cuda.h states."""
+
+    def __init__(self, code: int = 0) -> None:
+        self.code = code
+        self.given: dict[str, Any] = {}
+
+    def cuLaunchKernelEx(self, config: Any, function: ctypes.c_void_p, pointers: Any, extra: None) -> int:
+        raw = ctypes.string_at(ctypes.addressof(config._obj), 56)
+        stream, attributes, count = struct.unpack_from("QQI", raw, 32)
+        identity, _, value = struct.unpack("iii", ctypes.string_at(attributes, 12))
+        kinds = (ctypes.c_uint64, ctypes.c_int32, ctypes.c_float, ctypes.c_uint64, ctypes.c_uint64)
+        self.given |= {
+            "sizes": struct.unpack_from("7I", raw), "stream": stream, "count": count, "attribute": (identity, value),
+            "function": function.value, "extra": extra,
+            "values": tuple(kind.from_address(at).value for kind, at in zip(kinds, pointers, strict=True)),
+        }  # fmt: skip
+        return self.code
+
+
+def test_a_dependent_launch_is_what_the_driver_expects(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = Driver()
+    monkeypatch.setattr(launcher, "driver", lambda: (driver, "cu"))
+    x = torch.zeros(4)
+    launcher.DependentLaunch(FACTS, 77).launch([5, 6], [x, -3, 0.5], 99)
+    assert driver.given == {
+        "sizes": (5, 6, 1, 256, 1, 1, 1024), "stream": 99, "count": 1, "function": 77, "extra": None,
+        "attribute": (6, 1), "values": (x.data_ptr(), -3, 0.5, 0, 0),
+    }  # fmt: skip
+    assert ctypes.sizeof(launcher._Config) == 56 and ctypes.sizeof(launcher._Attribute) == 72
+    monkeypatch.setattr(launcher, "driver", lambda: (Driver(1), "cu"))
+    with pytest.raises(LaunchError, match="kernel k: cuLaunchKernelEx failed with code 1"):
+        launcher.DependentLaunch(FACTS, 77).launch([1], [x, 0, 0.0], 0)
+
+
+@pytest.mark.parametrize("dependent", [True, False])
+def test_only_a_kernel_that_waits_is_launched_dependently(monkeypatch: pytest.MonkeyPatch, dependent: bool) -> None:
+    driver, plain = Driver(), list[Any]()
+    static = SimpleNamespace(_load_kernel=lambda *_: (77, 1, 0), _launch_kernel=lambda *given: plain.append(given))
+    monkeypatch.setattr(torch._C, "_StaticCudaLauncher", static, raising=False)
+    monkeypatch.setattr(launcher, "driver", lambda: (driver, "cu"))
+    kernel = launcher.StaticKernel(Path("k.bin"), msgspec.structs.replace(FACTS, dependent=dependent), 0)
+    kernel.launch([1], [None, 0, 0.0], 5)
+    assert len(plain) == 1 and driver.given == {}
+    kernel.launch([1], [None, 0, 0.0], 5, dependent=True)
+    assert len(plain) == 2 - dependent and bool(driver.given) == dependent
 
 
 class Arena:

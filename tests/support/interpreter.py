@@ -6,6 +6,7 @@ this before any kernel, in a process that was started with TRITON_INTERPRET=1.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -117,6 +118,10 @@ def correct() -> None:
         forms = [_Form(f) if type(f) is str else f for f in (lf, rf)]
         return scaled(self, left, ls, forms[0], right, rs, forms[1], *rest)
 
+    # What only AMD's compiler takes: fp32 as sums of three bf16 parts. Here a product is in fp32 whatever it is called.
+    options = interpreter.interpreter_builder.options
+    allowed = (*options.allowed_dot_input_precisions, "bf16x6")
+    interpreter.interpreter_builder.options = replace(options, allowed_dot_input_precisions=allowed)
     Builder.binary_op, Builder.unary_op, Builder.cast_impl = binary_op, unary_op, cast_impl
     Builder.create_dot, Builder.create_dot_scaled = create_dot, create_dot_scaled
     Builder.create_fp_to_fp = lambda self, source, kind, rounding: cast(source, kind)

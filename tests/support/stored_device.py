@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from atomc.artifact.kernels import KernelFacts, read_kernels
 from atomc.codegen.device import Recorder, Variant, type_of
 from atomc.codegen.source import source_of
+from atomc.ops.library import CALLS
 from atomc.runtime.launcher import Kernel, load_kernel
 from atomc.targets import get_target
 from tests.support.kernel_cases import Case
@@ -60,6 +61,8 @@ class StoredDevice:
         self.target, self.tokens = get_target(target), 0
         self._folder, self._facts = folder, read_kernels(folder)
         self._loaded: dict[str, Kernel] = {}
+        self.libraries: frozenset[str] = frozenset()
+        self.offered: set[str] = set()
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Poisoned memory."""
@@ -68,9 +71,18 @@ class StoredDevice:
             out.view(torch.uint8).fill_(0xFF)
         return out
 
+    def library(self, name: str, arguments: Callable[[], Sequence[Tensor]]) -> bool:
+        """Make the call, if it is one of `libraries`."""
+        self.offered.add(name)
+        given = arguments() if name in self.libraries else ()
+        if not given or not CALLS[name].fits(given[0]):
+            return False
+        CALLS[name].run(*given)
+        return True
+
     def launch(
         self, kernel: Any, grid: tuple[int, ...], args: Mapping[str, Any], constants: Mapping[str, Any],
-        warps: int = 4, stages: int = 3,
+        warps: int = 4, stages: int = 3, origin: str = "",
     ) -> None:  # fmt: skip
         """Launch the stored binary of a variant."""
         name = label(kernel, [(k, type_of(v)) for k, v in args.items()], constants, warps)

@@ -1,4 +1,4 @@
-"""Arguments of the operators that a compiled plan runs on the cpu, small and random, in a quantised model's layouts."""
+"""Arguments of the operators that compiled plans run, small and random, in a quantised model's layouts."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ INDEX = "e2m1:1x32:e8m0:7.052966104933725e-38"
 ROWS, INDEX_ROWS = "96:e4m3:1x32:e8m0:0.0001+32", f"128:{INDEX}+0"
 WINDOW, PAGE, PAGES, BLOCK, BLOCKS, RATIO, TOPK = 8, 4, 40, 16, 12, 4, 3
 LIMIT, EPS = 1.5, 1e-6
+TILE, MXFP4 = "e4m3:128x128:e8m0", "e2m1:1x32:e8m0"
 
 
 def ints(*values: int) -> Tensor:
@@ -116,6 +117,41 @@ def experts() -> dict[str, Any]:
     return {**weights, "indices": chosen, "weights": torch.rand(T, 3), "limit": LIMIT}
 
 
+def scaled(*shape: int, rows: int, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """A product of quantised operands [..., 256] and [rows, 256]."""
+    x, w = pair(*shape, 256), pair(rows, 256, layout=TILE)
+    return {
+        **x, "weight": w["codes"], "weight_scales": w["scales"], "layout": ACT, "weight_layout": TILE, "dtype": dtype,
+    }  # fmt: skip
+
+
+def scaled_experts(layout: str) -> dict[str, Any]:
+    """Experts whose weights stay packed."""
+    w13, w2 = (pair(6, n * D, D, layout=layout) for n in (2, 1))
+    weights = {"w13": w13["codes"], "w13_scales": w13["scales"], "w2": w2["codes"], "w2_scales": w2["scales"]}
+    routes = {name: experts()[name] for name in ("indices", "weights", "limit")}
+    layouts = {"layout": ACT, "inner_layout": ACT, "w13_layout": layout, "w2_layout": layout, "dtype": torch.float32}
+    return {**pair(T, D), **weights, **routes, **layouts}
+
+
+ANGLES = """v0 = aten.to.dtype(a0, float32)
+v1 = aten.unsqueeze.default(v0, -1)
+v2 = aten.mul.Tensor(v1, a1)
+v3 = aten.cos.default(v2)
+v4 = aten.sin.default(v2)
+return v3, v4,"""
+GATHER = """v0 = aten.index.Tensor(a0, [a1])
+return v0,"""
+ADD = """v0 = aten.to.dtype(a0, float32)
+v1 = aten.add.Tensor(a1, v0)
+v2 = aten.to.dtype(v1, KIND)
+return v2,"""
+
+
+def pointwise(program: str, *inputs: Tensor) -> dict[str, Any]:
+    return {"inputs": list(inputs), "sizes": [], "program": program}
+
+
 CASES: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
     "rms_norm": ("rms_norm", lambda: {"x": torch.randn(T, D), "weight": torch.randn(D), "eps": EPS}),
     "rms_norm_pair_quant": (
@@ -166,6 +202,15 @@ CASES: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
     "swiglu_quant": (
         "swiglu_quant", lambda: {"gate": torch.randn(T, D), "up": torch.randn(T, D), "limit": LIMIT, "layout": ACT},
     ),
+    "hc_post": ("hc_post", lambda: post() | {"h": torch.randn(T, HC, D)}),
+    "linear_fp32": ("linear_fp32", lambda: {"x": torch.randn(T, 256), "weight": torch.randn(48, 256)}),
+    "scaled": ("scaled_linear", lambda: scaled(T, rows=144)),
+    "scaled grouped": ("scaled_grouped_output", lambda: scaled(T, 2, rows=160)),
+    "scaled experts packed": ("scaled_moe_experts", lambda: scaled_experts(MXFP4)),
+    "scaled experts packed fp8": ("scaled_moe_experts", lambda: scaled_experts(TILE)),
+    "pointwise angles": ("pointwise", lambda: pointwise(ANGLES, torch.arange(5000, 5000 + T).int(), torch.rand(16))),
+    "pointwise gather": ("pointwise", lambda: pointwise(GATHER, torch.randn(T, D), torch.randint(0, T, (9,)).int())),
+    "pointwise add": ("pointwise", lambda: pointwise(ADD, torch.randn(T, D), torch.randn(T, D))),
     "quantize": ("quantize", lambda: {"x": torch.randn(T, D), "layout": ACT}),
     "quantize fp4": ("quantize", lambda: {"x": torch.randn(T, D), "layout": INDEX}),
     "dequantize": (
@@ -194,6 +239,10 @@ def held(name: str, argument: str, value: Any, dtype: torch.dtype) -> Any:
     """An argument of an operator as a plan in `dtype` has it."""
     if isinstance(value, torch.dtype):
         return dtype
+    if argument == "program":
+        return value.replace("KIND", str(dtype).removeprefix("torch."))
+    if argument == "inputs" and value[0].dim() == 2:  # the first, of what is gathered or added
+        return [value[0].to(dtype), *value[1:]]
     ours = argument in IN_16_BITS and not (name.startswith("compressor") and argument in POOLED)
     return value.to(dtype) if ours and isinstance(value, Tensor) and value.dtype == torch.float32 else value
 

@@ -29,11 +29,11 @@ class Compiled:
     artifact: Path
 
 
-def compile_quietly(checkpoint: Path, output: Path, **options: object) -> Path:
+def compile_quietly(checkpoint: Path, output: Path, target: str = "cpu", **options: object) -> Path:
     """The artifact of a checkpoint, in this process."""
     from atomc.compiler import Options, compile_model
 
-    compile_model(str(checkpoint), "cpu", output, Options(**(LIMITS | options)))  # type: ignore[arg-type]
+    compile_model(str(checkpoint), target, output, Options(**(LIMITS | options)))  # type: ignore[arg-type]
     return output
 
 
@@ -56,3 +56,12 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
     base = tmp_path_factory.mktemp("verify")
     checkpoint = varied(write_checkpoint(base / "checkpoint", **CONFIG))
     return Compiled(checkpoint, compile_quietly(checkpoint, base / "model.atom"))
+
+
+@pytest.fixture(scope="session", params=[pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
+def for_gpu(request: pytest.FixtureRequest, compiled: Compiled, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
+    """The same checkpoint compiled for an H100; read-only."""
+    pytest.importorskip("triton", reason="kernels are compiled by triton, which is an extra")
+    folder = tmp_path_factory.mktemp("gpu") / "model.atom"
+    artifact = compile_quietly(compiled.checkpoint, folder, target="h100", dtype=request.param)
+    return Compiled(compiled.checkpoint, artifact)

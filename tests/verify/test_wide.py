@@ -111,9 +111,11 @@ def test_a_jitter_is_as_large_as_its_unit() -> None:
 HALVINGS = {
     "rms_norm": 1, "rms_norm_pair_quant": 2, "hc_post_pre_norm": 3, "hc_post_pre_norm_quant": 3, "hc_head_norm": 2,
     "rope": 1, "insert": 3, "insert packed": 3, "compressor": 3, "compressor packed": 3, "compressor index": 4,
-    "update": 0, "index": 1, "index packed": 2, "attention": 2, "attention packed": 2, "route_topk": 0,
-    "route_hash": 0, "experts": 6 * 2 + 1, "experts packed": 6 * 2 + 1, "swiglu_quant": 1, "quantize": 0,
-    "quantize fp4": 0, "dequantize": 0, "dequantize fp4": 0, "dequantize channel": 1, "pack_rows": 0, "hadamard": 1,
+    "update": 0, "index": 1, "index packed": 2, "attention": 2, "attention packed": 2, "route_topk": 0, "route_hash": 0,
+    "hc_post": 1, "linear_fp32": 0, "scaled": 1, "scaled grouped": 1, "scaled experts packed": 3,
+    "scaled experts packed fp8": 3, "pointwise angles": 0, "pointwise gather": 0, "pointwise add": 1,
+    "experts": 6 * 2 + 1, "experts packed": 6 * 2 + 1, "swiglu_quant": 1, "quantize": 0, "quantize fp4": 0,
+    "dequantize": 0, "dequantize fp4": 0, "dequantize channel": 1, "pack_rows": 0, "hadamard": 1,
 }  # fmt: skip
 
 

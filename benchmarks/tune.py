@@ -1,0 +1,255 @@
+"""Tune kernels on a GPU: every candidate of a configuration is compiled, checked and timed, the best one written.
+
+    python -m benchmarks.tune [--models deepseek-v4-flash deepseek-v4-pro] [--kernels scaled_gemm gemm] [--minutes 5]
+
+Writes `codegen/tuned/TARGET.json`, which the compiler reads (`atomc.codegen.tuning`); entries of problems that were not
+measured again stay. Times are medians of graph replays over inputs that rotate past the L2 cache. A candidate must give
+what the static model's configuration gives, within the rounding of its result. Candidates compile in processes first:
+Triton's cache on disk is what they share.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, fields, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+import triton
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor
+
+from atomc.codegen.device import TorchDevice
+from atomc.codegen.kernels import gemm, scaled_gemm
+from atomc.codegen.kernels.gemm import Tiles
+from atomc.codegen.tuning import FOLDER, Entry, Table, trial
+from atomc.formats import FP8_ACTIVATION, FP8_TILE
+from atomc.targets import get_target
+from benchmarks.kernel_inputs import Inputs
+from benchmarks.timing import copies, replayed
+
+BUCKETS = (16, 64, 256, 1024, 8192)
+SAMPLE = {16: 1, 64: 64, 256: 256, 1024: 1024, 8192: 8192}  # tokens that stand for a bucket; 16 is for decode
+
+
+class Device(TorchDevice):
+    """Allocates without poison: that would be timed too."""
+
+    def empty(self, shape: Any, dtype: torch.dtype) -> Tensor:
+        return torch.empty(tuple(shape), dtype=dtype, device=self.device)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is tuned: a kernel with the constants of one weight, in one bucket."""
+
+    kernel: str
+    n: int
+    k: int
+    itemsize: int
+    groups: int
+    tokens: int
+
+    @property
+    def key(self) -> dict[str, int | str]:
+        """As `codegen.tuning` looks it up."""
+        return {"n": self.n, "k": self.k, "itemsize": self.itemsize, "groups": self.groups}
+
+    def calls(self, device: Device, sets: int) -> list[Callable[[], Tensor]]:
+        """The host function on `sets` sets of random inputs."""
+        m, made = SAMPLE[self.tokens], []
+        for _ in range(sets):
+            if self.kernel == "scaled_gemm":
+                shape = (m, self.groups, self.k) if self.groups > 1 else (m, self.k)
+                at = Inputs("cuda")
+                x, w = at.codes(shape, FP8_ACTIVATION), at.codes((self.groups * self.n, self.k), FP8_TILE)
+                host = scaled_gemm.scaled_grouped_output if self.groups > 1 else scaled_gemm.scaled_linear
+                given = (*x, *w, str(FP8_ACTIVATION), str(FP8_TILE), torch.bfloat16)
+                made.append(lambda given=given, host=host: host(device, *given))
+            else:
+                dtype = torch.float32 if self.itemsize == 4 else torch.bfloat16
+                a = torch.randn(m, self.k, device="cuda", dtype=torch.bfloat16)
+                b = torch.randn(self.n, self.k, device="cuda", dtype=dtype)
+                made.append(lambda a=a, b=b: gemm.linear_fp32(device, a, b))
+        return made
+
+    @property
+    def bytes(self) -> float:
+        """Of one set of inputs and its result."""
+        m = SAMPLE[self.tokens]
+        return self.groups * (m * self.k + self.n * self.k * self.itemsize) + 2.0 * m * self.groups * self.n
+
+
+def problems(models: list[str], kernels: list[str]) -> Iterator[Problem]:
+    """The products of the models, for every bucket."""
+    shapes = {
+        "deepseek-v4-flash": {
+            "scaled_gemm": [(1536, 4096, 1), (32768, 1024, 1), (8192, 1024, 1), (1024, 4096, 8), (4096, 8192, 1),
+                            (4096, 4096, 1), (4096, 2048, 1)],
+            "gemm": [(n, 4096, 2) for n in (129280, 256, 64, 512, 1024, 2048)],
+        },
+        "deepseek-v4-pro": {
+            "scaled_gemm": [(2048, 7168, 1), (65536, 1536, 1), (8192, 1536, 1), (1024, 4096, 16), (7168, 16384, 1),
+                            (6144, 7168, 1), (7168, 3072, 1)],
+            "gemm": [(n, 7168, 2) for n in (129280, 384, 64, 512, 1024, 2048)],
+        },
+    }  # fmt: skip
+    for model in models:
+        for kernel in kernels:
+            for n, k, last in shapes[model][kernel]:
+                itemsize, groups = (1, last) if kernel == "scaled_gemm" else (last, 1)
+                for tokens in BUCKETS:
+                    if not (kernel == "scaled_gemm" and groups == 1 and tokens > 64):  # cuBLASLt does these
+                        yield Problem(kernel, n, k, itemsize, groups, tokens)
+
+
+def candidates(device: Device, problem: Problem) -> list[Tiles]:
+    """Configurations worth trying, the static model's first."""
+    base = gemm.static(device, problem.n, problem.k, problem.itemsize, problem.groups)
+    found = [base]
+    if problem.tokens <= 64:
+        shapes = [(base.first, base.tokens, rows) for rows in (64, 128)]
+        depths = (128,) if problem.kernel == "scaled_gemm" else (64, 128)
+        wanted, pipelines = (0, 1, 2, 4), {64: ((4, 4), (4, 6)), 128: ((4, 4), (8, 4))}
+    else:
+        shapes = [(False, 128, 128), (False, 64, 128), (True, 128, 64), (True, 64, 64), (False, 64, 64)]
+        depths = (128 // problem.itemsize,)
+        pipelines = {64: ((4, 3), (4, 4)), 128: ((8, 3), (8, 4))}
+        wanted = (0, 1, 2) if problem.tokens <= 1024 else (0,)
+    for first, tokens, rows in shapes:
+        programs = problem.groups * -(-problem.tokens // tokens) * -(-problem.n // rows)
+        for depth in depths:
+            for units in wanted:
+                most = max(units * device.target.compute_units, 1)
+                splits = gemm.splits_of(programs, -(-problem.k // depth), most, 32)
+                for warps, stages in pipelines[rows]:
+                    found.append(Tiles(first, tokens, rows, depth, splits, warps, stages))
+    return list(dict.fromkeys(found))
+
+
+def fields_of(tiles: Tiles) -> dict[str, int | bool]:
+    """What goes into the table."""
+    return {f.name: getattr(tiles, f.name) for f in fields(Tiles) if f.name != "origin"}
+
+
+def compile_one(problem: Problem, config: dict[str, int | bool]) -> str:
+    """Compile a candidate, in a process of its own; why it does not compile, or nothing."""
+    device = Device(get_target(target_name()), problem.tokens, "cuda")
+    try:
+        with trial(problem.kernel, config):
+            problem.calls(device, 1)[0]()
+        torch.cuda.synchronize()
+    except Exception as error:  # noqa: BLE001  too large for the GPU, or a compiler's limit: not a candidate
+        return f"{type(error).__name__}: {str(error)[:100]}"
+    return ""
+
+
+def target_name() -> str:
+    """The target that is this machine's GPU."""
+    return "h200" if "H200" in torch.cuda.get_device_name() else "h100"
+
+
+def best_of(problem: Problem, found: list[Tiles]) -> tuple[Entry | None, str]:
+    """The fastest candidate that gives the static model's result, and a line on it."""
+    device = Device(get_target(target_name()), problem.tokens, "cuda")
+    calls = problem.calls(device, copies(problem.bytes) if problem.tokens <= 1024 else 2)
+    times: list[tuple[float, Tiles]] = []
+    expected: Tensor | None = None
+    for tiles in found:
+        with trial(problem.kernel, fields_of(tiles)):
+            try:
+                given = calls[0]().float()
+                if expected is None:
+                    expected = given
+                elif not torch.allclose(given, expected, rtol=2e-2, atol=2e-2 * float(expected.abs().mean())):
+                    raise SystemExit(f"{problem}: {tiles} gives another result than the static model's configuration")
+                times.append((replayed(calls, 5), tiles))
+            except (triton.runtime.errors.OutOfResources, RuntimeError) as error:
+                if tiles == found[0]:
+                    return None, f"the static model's configuration fails: {error}"
+    static = next(s for s, tiles in times if tiles == found[0])
+    seconds, tiles = min(times, key=lambda t: t[0])
+    entry = Entry(problem.kernel, problem.key, problem.tokens, fields_of(tiles), seconds, static)
+    rate = problem.bytes / seconds / 1e12
+    flops = 2.0 * SAMPLE[problem.tokens] * problem.groups * problem.n * problem.k / seconds / 1e12
+    line = f"{static * 1e6:8.1f} -> {seconds * 1e6:8.1f} us, {rate:.2f} TB/s, {flops:.0f} TFLOP/s"
+    return entry, f"{line}  {asdict(tiles)}"
+
+
+def main() -> int:
+    """Compile, measure, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="*", default=["deepseek-v4-flash", "deepseek-v4-pro"])
+    parser.add_argument("--kernels", nargs="*", default=["scaled_gemm", "gemm"])
+    parser.add_argument("--tokens", nargs="*", type=int, default=list(BUCKETS))
+    parser.add_argument("--minutes", type=float, default=8.0, help="start no problem after so long")
+    parser.add_argument("--out", type=Path, default=None)
+    options = parser.parse_args()
+    name, start = target_name(), time.monotonic()
+    out = options.out or FOLDER / f"{name}.json"
+    console = Console(force_terminal=False)
+    device = Device(get_target(name), 0, "cuda")
+    wanted = [p for p in problems(options.models, options.kernels) if p.tokens in options.tokens]
+    trials = {p: candidates(replace_tokens(device, p.tokens), p) for p in wanted}
+    console.print(
+        f"{torch.cuda.get_device_name()}: {len(wanted)} problems, {sum(map(len, trials.values()))} candidates"
+    )
+    failed: dict[Problem, set[Tiles]] = {p: set() for p in wanted}
+    workers = max((os.cpu_count() or 2) - 2, 1)
+    with Progress(console=console) as bar, ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        jobs = {pool.submit(compile_one, p, fields_of(t)): (p, t) for p, found in trials.items() for t in found}
+        task = bar.add_task("compile", total=len(jobs))
+        for job in as_completed(jobs):
+            problem, tiles = jobs[job]
+            if job.result():
+                failed[problem].add(tiles)
+            bar.advance(task)
+            if time.monotonic() - start > options.minutes * 60:
+                pool.shutdown(cancel_futures=True)
+                raise SystemExit("compiling took all the time; give --minutes, or fewer --kernels")
+    console.print(f"compiled in {time.monotonic() - start:.0f} s")
+    entries = []
+    for problem, found in trials.items():
+        if time.monotonic() - start > options.minutes * 60:
+            console.print(f"out of time before {problem}")
+            break
+        entry, line = best_of(problem, [t for t in found if t not in failed[problem]])
+        console.print(f"{problem.kernel} {problem.key} {problem.tokens}: {line}", soft_wrap=True)
+        entries += [entry] if entry is not None else []
+    write(out, name, entries)
+    return 0
+
+
+def replace_tokens(device: Device, tokens: int) -> Device:
+    """The device, in another bucket."""
+    return replace(device, tokens=tokens)
+
+
+def write(path: Path, name: str, entries: list[Entry]) -> None:
+    """Put new entries beside what the file has of other problems."""
+
+    def place(entry: Entry) -> tuple[Any, ...]:
+        return entry.kernel, tuple(sorted(entry.problem.items())), entry.tokens
+
+    known = msgspec.json.decode(path.read_bytes(), type=Table).entries if path.exists() else []
+    merged = {place(e): e for e in (*known, *entries)}
+    table = Table(
+        name, torch.cuda.get_device_name(), str(torch.__version__), triton.__version__, " ".join(sys.argv), []
+    )
+    head = msgspec.json.encode(table).decode().removesuffix("]}")
+    lines = ",\n".join(msgspec.json.encode(merged[key]).decode() for key in sorted(merged))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"{head}\n{lines}\n]}}\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
