@@ -40,7 +40,7 @@ EXEMPT: Final = (
         "FP4 weights without an instruction for them: a step has 16 bytes of a row, and several lanes share them",
     ),
     Exempt(
-        "spills", "experts_folded", {}, "what a tile needs at its ends waits in memory; no step of K touches it", most=64
+        "spills", "experts_folded", {}, "what a tile needs at its ends waits in memory; no step of K has one", most=64
     ),
 )  # fmt: skip
 
