@@ -62,7 +62,9 @@ class Problem:
     @property
     def key(self) -> dict[str, int | str]:
         """As `codegen.tuning` looks it up."""
-        return {"n": self.n, "k": self.k, "itemsize": self.itemsize, "groups": self.groups}
+        operands = ("bf16", "fp32" if self.itemsize == 4 else "bf16")
+        x, w = (str(FP8_ACTIVATION), str(FP8_TILE)) if self.kernel == "scaled_gemm" else operands
+        return {"n": self.n, "k": self.k, "groups": self.groups, "x": x, "w": w}
 
     def calls(self, device: Device, sets: int) -> list[Callable[[], Tensor]]:
         """The host function on `sets` sets of random inputs."""

@@ -15,10 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from atomc.codegen.device import Device, cdiv, power_of_two
+from atomc.codegen.kernels.common import TL
 from atomc.codegen.kernels.quantize import hadamard_vector, layout_constants, quantize_row
 from atomc.formats import RowLayout
-
-TL = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 def row_constants(cache: Tensor, rows: str, d: int) -> dict[str, Any]:

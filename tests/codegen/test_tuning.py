@@ -7,25 +7,34 @@ from dataclasses import fields
 import pytest
 import torch
 
+pytest.importorskip("triton", reason="kernels are compiled by triton, which is an extra")
+
 from atomc.codegen.device import Recorder
 from atomc.codegen.kernels import gemm
 from atomc.codegen.kernels.gemm import Tiles
 from atomc.codegen.tuning import FOLDER, STATIC, table_of, trial, tuned
 from atomc.targets import TARGETS, get_target
 
-HEAD = {"n": 129280, "k": 4096, "itemsize": 2, "groups": 1}
+HEAD = {"n": 129280, "k": 4096, "groups": 1, "x": "bf16", "w": "bf16"}
 
 
-@pytest.mark.parametrize(("tokens", "entry"), [(16, 16), (8, 16), (100, 64), (200, 256), (512, 256), (32768, 8192)])
+NEAREST = [(16, 16), (8, 16), (64, 64), (65, 256), (200, 256), (600, 1024), (32768, 8192)]
+UNKNOWN = [(1 << 20, {}), (1, {}), (16, {"n": 129281}), (16, {"groups": 2}), (16, {"x": "fp32"})]
+
+
+@pytest.mark.parametrize(("tokens", "entry"), NEAREST)
 def test_a_bucket_takes_the_nearest_entry(tokens: int, entry: int) -> None:
     table = table_of(get_target("h100"))
     assert table is not None
     known = {e.tokens: e.config for e in table.entries if e.problem == HEAD and e.kernel == "gemm"}
-    assert tuned(get_target("h100"), "gemm", tokens, HEAD) == (known[entry], f"tuned on {table.device}")
+    assert tuned(get_target("h100"), "gemm", tokens, HEAD) == (
+        known[entry],
+        f"tuned on {table.device} with Triton {table.triton}",
+    )
 
 
-@pytest.mark.parametrize(("tokens", "change"), [(1 << 20, {}), (1, {}), (16, {"n": 129281}), (16, {"groups": 2})])
-def test_what_nobody_measured_is_the_static_models(tokens: int, change: dict[str, int]) -> None:
+@pytest.mark.parametrize(("tokens", "change"), UNKNOWN)
+def test_what_nobody_measured_is_the_static_models(tokens: int, change: dict[str, int | str]) -> None:
     assert tuned(get_target("h100"), "gemm", tokens, {**HEAD, **change}) is None
 
 
@@ -52,7 +61,7 @@ def linear(tokens: int, n: int, k: int) -> tuple[Recorder, Tiles]:
     device = Recorder(get_target("h100"), tokens)
     x, w = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in ((tokens, k), (n, k)))
     gemm.linear(device, x, w)
-    return device, gemm.choose(device, "gemm", n, k, 2)
+    return device, gemm.choose(device, "gemm", n, k, 2, 1, "bf16", "bf16")
 
 
 def test_a_trial_takes_the_place_of_the_table() -> None:
