@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 
@@ -12,8 +14,9 @@ pytest.importorskip("triton", reason="kernels are compiled by triton, which is a
 from atomc.codegen.device import Recorder
 from atomc.codegen.kernels import gemm
 from atomc.codegen.kernels.gemm import Tiles
-from atomc.codegen.tuning import FOLDER, STATIC, table_of, trial, tuned
+from atomc.codegen.tuning import FOLDER, STATIC, Entry, Table, table_of, trial, tuned
 from atomc.targets import TARGETS, get_target
+from benchmarks.tune import write
 
 HEAD = {"n": 129280, "k": 4096, "groups": 1, "x": "bf16", "w": "bf16"}
 
@@ -75,3 +78,17 @@ def test_a_trial_takes_the_place_of_the_table() -> None:
         device, tiles = linear(16, 2048, 4096)
     assert (tiles.splits, tiles.origin) == (2, "trial")
     assert dict(device.launches[0][0].constants)["SPLITS"] == 2
+
+
+def test_a_second_run_is_put_beside_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr("sys.argv", ["tune", "--models", "m"])
+    path = tmp_path / "tuned" / "h100.json"
+    first, second, again = (
+        Entry("gemm", {"n": n}, 16, {"rows": rows}, 1e-6, 2e-6) for n, rows in [(1, 64), (2, 64), (1, 32)]
+    )
+    write(path, "h100", [first, second])
+    write(path, "h100", [again])
+    table = msgspec.json.decode(path.read_bytes(), type=Table)
+    assert table.entries == [again, second]
+    assert table.commands == ["benchmarks/tune.py --models m"] * 2
