@@ -77,6 +77,8 @@ def faults_of(variant: Variant, facts: KernelFacts, target: Target) -> list[str]
         found.append(f"{facts.shared} bytes of shared memory, of {target.shared_bytes}")
     if facts.spills > max((e.most for e in EXEMPT if covers(e, "spills", variant)), default=0):
         found.append(f"{facts.spills} bytes of registers are spilled")
+    if facts.dependent != target.dependent_launch:
+        found.append("it waits for the launch before it" if facts.dependent else "it waits for no launch before it")
     product = has_product(variant.kernel) and not is_exempt("matrix", variant)
     if bool(facts.matrix) != product:
         found.append(f"matrix instructions {facts.matrix}" if facts.matrix else "a product without matrix instructions")
