@@ -292,19 +292,21 @@ def _experts(
     width = w13.shape[1] // 2
     flat = indices.flatten()
     order = flat.argsort(stable=True)
-    groups = [(expert, n) for expert, n in enumerate(flat.bincount().tolist()) if n]
+    others, *counts = (flat + 1).bincount(minlength=1).tolist()  # -1: experts of other ranks
+    groups = [(expert, n) for expert, n in enumerate(counts) if n]
+    order = order[others:]
     rows = x[order.div(k, rounding_mode="floor")]
-    hidden = x.new_empty((count * k, 2 * width))
+    hidden = x.new_empty((rows.shape[0], 2 * width))
     _grouped_mm(rows, w13, groups, hidden)
     gate, up = hidden[:, :width].float(), hidden[:, width:].float()
     a = F.silu(gate.clamp(max=limit)).mul_(up.clamp(-limit, limit)).mul_(weights.flatten()[order].unsqueeze(1))
     a = a.to(x.dtype)
     if inner_layout:
         a = dequantize(*quantize(a, inner_layout), inner_layout, x.dtype)
-    out = x.new_empty((count * k, x.shape[1]))
+    out = x.new_empty((rows.shape[0], x.shape[1]))
     _grouped_mm(a, w2, groups, out)
     # Back in the order of choices, so that the sum is the reference's.
-    chosen = torch.empty_like(out).index_copy_(0, order, out)
+    chosen = x.new_zeros((count * k, x.shape[1])).index_copy_(0, order, out)
     return chosen.view(count, k, -1).float().sum(dim=1)
 
 
