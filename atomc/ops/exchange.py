@@ -39,7 +39,7 @@ def pack_message(parts: Sequence[torch.Tensor], rows: int | None = None) -> torc
         [rows, bytes] uint8.
     """
     count = parts[0].shape[0]
-    joined = torch.cat([p.reshape(count, -1).contiguous().view(U8).view(count, _bytes(p)) for p in parts], dim=1)
+    joined = torch.cat([p.contiguous().flatten().view(U8).view(count, _bytes(p)) for p in parts], dim=1)
     return joined if rows is None else F.pad(joined, (0, 0, 0, rows - count))
 
 

@@ -524,7 +524,6 @@ _SPECS: Final[dict[str, str]] = {
     "atom.hc_head_norm.default": f"T n d, {_HC_PRE}, d -> T d",
     "atom.route_topk.default": "T e, e -> T k, T k",
     "atom.route_hash.default": "T e, T, v k -> T k, T k",
-    "atom.drop_padding.default": "T ..., T ... -> T ...",
 }  # fmt: skip
 _POINTWISE: Final = (
     "add.Tensor", "sub.Tensor", "mul.Tensor", "div.Tensor", "clamp.default", "silu.default", "softplus.default",
@@ -534,6 +533,7 @@ RULES: Final[dict[str, Rule]] = {
     **{op: by_spec(spec) for op, spec in _SPECS.items()},
     **{f"aten.{op}": _pointwise for op in _POINTWISE},
     **dict.fromkeys(("aten.reshape.default", "aten.view.default"), _reshape),
+    "atom.drop_padding.default": by_spec("T ..., T ... -> T ...", linear=True),
     "aten.sym_size.int": _size,
     "atom.dequantize.default": _dequantize,
     "aten.transpose.int": _transpose,

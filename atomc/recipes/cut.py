@@ -1,4 +1,4 @@
-"""Cutting recipes: the recipe of one rank's part of a parameter, which reads no more of the checkpoint than that part."""
+"""Cutting recipes: the recipe of one rank's part of a parameter, reading no more of the checkpoint than that."""
 
 from __future__ import annotations
 

@@ -71,10 +71,8 @@ def test_the_usual_layouts_fit(text: str, sizes: ModelSizes) -> None:
         (FLASH, "tp=16", "tp=16 does not divide the 8 groups of attention heads; nearest legal: tp=8"),
         (FLASH, "dp=3,moe=ep", "3 ranks do not divide the 256 experts (moe=ep); nearest legal: dp=2 or dp=4"),
         (FLASH, "dp=512,moe=ep", "512 ranks do not divide the 256 experts (moe=ep); nearest legal: dp=256"),
-        (FLASH, "dp=32", "32 ranks do not divide the 2048 columns in blocks of 128 of an expert (moe=tp); nearest "
-                         "legal: dp=16"),
-        (PRO, "dp=16", "16 ranks do not divide the 3072 columns in blocks of 128 of an expert (moe=tp); nearest legal: "
-                       "dp=12 or dp=24"),
+        (FLASH, "dp=32", "the 2048 columns in blocks of 128 of an expert (moe=tp); nearest legal: dp=16"),
+        (PRO, "dp=16", "the 3072 columns in blocks of 128 of an expert (moe=tp); nearest legal: dp=12 or dp=24"),
         (PRO, "dp=5,tp=2,moe=ep", "10 ranks do not divide the 384 experts (moe=ep); nearest legal: dp=4 or dp=6"),
         (NANO, "tp=4", "tp=4 does not divide the 2 groups of attention heads; nearest legal: tp=2"),
         (NANO, "dp=16,moe=ep", "16 ranks do not divide the 8 experts (moe=ep); nearest legal: dp=8"),
