@@ -13,6 +13,7 @@ from torch import Tensor
 from atomc.artifact.check import check_program
 from atomc.artifact.manifest import Manifest
 from atomc.artifact.plan import ProgramPlan, RegionPlan
+from atomc.artifact.ranks import FILE, RanksPlan
 from atomc.artifact.store import ArtifactError, decode, read_manifest, verify
 
 
@@ -74,10 +75,29 @@ def read_plan(folder: Path) -> tuple[ProgramPlan, dict[str, RegionPlan]]:
         ArtifactError: a file is missing or is no plan.
     """
     program = decode(_read(folder, "program"), ProgramPlan, "plan/program.json")
-    names = sorted({call.region for call in program.calls})
+    return program, read_regions(folder, sorted({call.region for call in program.calls}))
+
+
+def read_ranks(folder: Path) -> list[RanksPlan]:
+    """The layouts on many ranks; none where the artifact is for one.
+
+    Raises:
+        ArtifactError: the file is no such plan.
+    """
+    if not (folder / "plan" / FILE).exists():
+        return []
+    return decode(_read(folder, FILE.removesuffix(".json")), list[RanksPlan], f"plan/{FILE}")
+
+
+def read_regions(folder: Path, names: list[str]) -> dict[str, RegionPlan]:
+    """Regions by name.
+
+    Raises:
+        ArtifactError: a name is none, a file is missing or is no plan.
+    """
     if bad := [name for name in names if not name.isidentifier()]:
         raise ArtifactError(f"{folder}: plan/program.json calls {bad[0]!r}, which is no name of a region.")
-    return program, {name: decode(_read(folder, name), RegionPlan, f"plan/{name}.json") for name in names}
+    return {name: decode(_read(folder, name), RegionPlan, f"plan/{name}.json") for name in names}
 
 
 def _read(folder: Path, name: str) -> bytes:
