@@ -23,7 +23,7 @@ from atomc.artifact.agreement import Proven
 from atomc.artifact.check import check_program
 from atomc.artifact.kernels import KernelFacts, write_kernel
 from atomc.artifact.manifest import SCHEMA_VERSION, Limits, Manifest, Serving
-from atomc.artifact.plan import CallPlan, ProgramPlan, RegionPlan, StateTensor
+from atomc.artifact.plan import CallPlan, ProgramPlan, RegionPlan, StateTensor, buckets_of
 from atomc.artifact.ranks import FILE as RANKS_FILE
 from atomc.artifact.ranks import RanksPlan
 from atomc.artifact.store import artifact_hash, check_output, encode, hash_file, write_manifest, writing
@@ -45,7 +45,7 @@ from atomc.passes.runner import Context, Pass, run_pipeline
 from atomc.passes.scheme import IndexRows, Rows, Scheme, get_scheme
 from atomc.ranks import Cutting, layouts_for, proven
 from atomc.recipes import Choice, Method, Recipe, TensorSpec, instantiate, output_spec, stored_layout
-from atomc.regions import Compiled, buckets_of, copy_context, lower
+from atomc.regions import Compiled, copy_context, lower
 from atomc.report import Explanation, Layouts, explanation_of, layouts_of, write_report
 from atomc.rules import check_rules
 from atomc.targets import Target, get_target

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch.fx import GraphModule
 
-from atomc.artifact.plan import RegionPlan
+from atomc.artifact.plan import RegionPlan, buckets_of
 from atomc.capture import Input, Region
 from atomc.codegen.device import Variant
 from atomc.codegen.lower import Lowering
@@ -49,8 +49,3 @@ def lower(
         buckets_of(bounds["T"]) if target.is_gpu else (),
     )  # fmt: skip
     return lowering.run(), lowering.variants
-
-
-def buckets_of(most: int) -> tuple[int, ...]:
-    """Upper bounds of tokens for which kernels are configured: decode of a few requests, of many, prefill."""
-    return (*(n for n in (16, 64, 256, 1024) if n < most), most)

@@ -168,6 +168,19 @@ def _check_memory(
         problems.add(file, f"values_bytes is {program.values_bytes}, but {least} are alive at one time")
 
 
+def check_weights(
+    folder: str, program: ProgramPlan, regions: Mapping[str, RegionPlan], weights: Mapping[str, Tensor]
+) -> None:
+    """Check that weights are exactly those that a program needs.
+
+    Raises:
+        ArtifactError: lists the problems found.
+    """
+    problems = Problems()
+    _check_weights(problems, program, regions, weights)
+    problems.raise_for(folder)
+
+
 def _check_weights(
     problems: Problems, program: ProgramPlan, regions: Mapping[str, RegionPlan], weights: Mapping[str, Tensor]
 ) -> None:

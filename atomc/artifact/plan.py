@@ -228,3 +228,8 @@ def slots_in(arg: Arg) -> Iterator[int]:
 def slots_of(step: Step) -> list[int]:
     """Slots that a step takes as arguments, to read or to write: in order, with repetitions."""
     return [slot for arg in (*step.args, *step.kwargs.values()) for slot in slots_in(arg)]
+
+
+def buckets_of(most: int) -> tuple[int, ...]:
+    """Upper bounds of tokens for which kernels are configured: decode of a few requests, of many, prefill."""
+    return (*(n for n in (16, 64, 256, 1024) if n < most), most)
