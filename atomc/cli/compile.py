@@ -145,6 +145,7 @@ def _summary(result: Result, seconds: float, options: Options) -> dict[str, Any]
     """Everything `--json` writes and the panel shows."""
     from atomc.artifact import facts
     from atomc.artifact.store import read_manifest
+    from atomc.cli.layouts import as_data
     from atomc.report import matches, nodes
 
     before, after = nodes(result.explanation)
@@ -153,7 +154,7 @@ def _summary(result: Result, seconds: float, options: Options) -> dict[str, Any]
         "output": result.output, "sha256": result.hash,
         "seconds": round(seconds, 3), "peak_rss_bytes": _peak_rss(), "nodes_before": before, "nodes_after": after,
         "matches": matches(result.explanation), "regions": dict.fromkeys(result.explanation, 0),
-        "calibrated": result.calibrated, "ranks": _ranks(result),
+        "calibrated": result.calibrated, "ranks": [as_data(one) for one in result.ranks],
     }  # fmt: skip
     if result.program is None or result.output is None:
         return summary
@@ -178,26 +179,6 @@ def _summary(result: Result, seconds: float, options: Options) -> dict[str, Any]
         "max_batch_tokens": serving.max_batch_tokens,
         "max_requests": serving.max_requests,
     }
-
-
-def _ranks(result: Result) -> list[dict[str, Any]]:
-    """What the ranks of each layout send one another, and how far it was proven that they do so alike."""
-    return [
-        {
-            "layout": found.plan.layout, "ranks": found.plan.mesh.ranks, "steps": found.plan.steps,
-            "collectives": {form: [str(c) for c in sent] for form, sent in found.collectives.items()},
-            "bytes_a_row": {kind: found.bytes_a_row(kind) for kind in found.plan.steps},
-            "longest_step": found.proof.longest, "kinds_of_steps": found.proof.steps,
-            "states_compared": found.proof.states,
-        }
-        for found in result.ranks
-    ]  # fmt: skip
-
-
-def _layout(ranks: dict[str, Any]) -> str:
-    steps = ", ".join(f"{kind} by {form}" for kind, form in sorted(ranks["steps"].items()))
-    proven = f"{ranks['longest_step']} collectives a step at most, alike in {ranks['states_compared']:,} states"
-    return f"{ranks['layout']}: {steps}; {proven} of a rank"
 
 
 def _packed(result: Result) -> dict[str, Any] | None:
@@ -237,6 +218,7 @@ def _show(result: Result, summary: dict[str, Any], options: Options) -> None:
 
     from atomc.artifact.facts import bytes_text
     from atomc.cli.console import facts, stdout
+    from atomc.cli.layouts import line
 
     used = summary["regions"]
     rows = [
@@ -256,7 +238,7 @@ def _show(result: Result, summary: dict[str, Any], options: Options) -> None:
             ("a step's memory", f"arena {sizes['arena_bytes']}, values {sizes['values_bytes']}"),
             ("a request's state",
              f"{sizes['state_bytes_per_request']} + {sizes['state_bytes_per_1024_tokens']} per 1,024 tokens"),
-            *((f"{r['ranks']} ranks", _layout(r)) for r in summary["ranks"]),
+            *((f"{one.plan.mesh.ranks} ranks", line(one)) for one in result.ranks),
             *([("packing", _packing(summary["packed"]))] if summary["packed"] else []),
             *([("kernels", _kernels(summary["kernels"], summary["kernel_faults"]))] if result.kernels else []),
             ("artifact", f"{summary['output']}, {sizes['artifact_bytes']}"),

@@ -109,10 +109,10 @@ def _idle(executor: Executor, paged: Paged, how: str) -> Batch:
         tables = torch.zeros_like(one.window_table), torch.zeros_like(one.block_table)
         return one._replace(slots=torch.full_like(one.slots, free), window_table=tables[0], block_table=tables[1])
     none = torch.zeros(0, dtype=torch.int32)
-    return one._replace(
-        ids=none, positions=none, requests=none, query_start=torch.zeros(1, dtype=torch.int32), slots=none,
-        window_table=one.window_table[:0], block_table=one.block_table[:0], logit_rows=none, csa_ends=none, hca_ends=none,
-    )  # fmt: skip
+    names = ("ids", "positions", "requests", "slots", "csa_ends", "hca_ends", "logit_rows")
+    tables = {"window_table": one.window_table[:0], "block_table": one.block_table[:0]}
+    start = torch.zeros(1, dtype=torch.int32)
+    return one._replace(**dict.fromkeys(names, none), **tables, query_start=start)
 
 
 def difference(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
