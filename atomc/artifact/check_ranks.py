@@ -166,7 +166,8 @@ class _Check:
             known |= {s: p for s, p in zip(step.outputs, found, strict=True) if s is not None}
         for name, slot in self.region.outputs.items():
             if known[slot] != own:
-                yield f"result {name}: it is {known[slot]} along {axis}; it has to be {own}"
+                by = self.at(self.made[slot][1]) if slot in self.made else "an input"
+                yield f"result {name}, {by}: it is {known[slot]} along {axis}; it has to be {own}"
 
     def place(self, step: Step, known: Mapping[int, Placement], axis: str) -> tuple[Placement, ...]:
         if step.op == HOST_SIZES:
