@@ -26,7 +26,8 @@ from atomc.artifact.ranks import RanksPlan
 from atomc.errors import ProblemsError
 from atomc.ops.placement import REPLICATE, Call, Operand, Placement, PlacementError, Shard
 from atomc.ops.placement import Size as Number
-from atomc.ops.placement_rules import EXPERTS, propagate
+from atomc.ops.placement_exchange import EXPERTS
+from atomc.ops.placement_rules import propagate
 from atomc.parallel.kinds import KINDS, WAIT, Kind, placed
 
 HOST_SIZES: Final = "atom.host_sizes.default"
