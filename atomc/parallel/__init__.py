@@ -1,0 +1,1 @@
+"""Many devices: layouts, collectives and what they cost, tasks on two streams and their timelines."""

@@ -1,0 +1,243 @@
+"""Tasks of a step on two streams: what the scheduler orders, what a schedule is, and when each task runs.
+
+Contract:
+    A device has a compute stream and a communication stream; each runs what is issued to it in order. The host issues
+    one sequence: `run` a compute task, `start` a collective, `wait` for it. A collective begins when the one before it
+    is over and all compute that was issued before its start; a wait holds the compute stream until the collective is
+    over. That is what the functional collectives of torch.distributed do, eager or captured in a graph.
+
+Terms:
+    buffer    memory of the step, by name, with its bytes; a name without bytes is state, which lives outside the step
+    exposed   seconds in which the compute stream idles because it waits, counted for the collective that runs then
+    bubble    any idle time of a stream between its first and its last task
+    live      a buffer is live from the issue that writes it first until its last reader is issued; a collective reads
+              and writes until its wait
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from atomc.errors import AtomcError
+
+Kind = Literal["compute", "collective"]
+Action = Literal["run", "start", "wait"]
+
+
+class TaskError(AtomcError):
+    """Tasks or a schedule that mean nothing; the message names the task."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One operation.
+
+    Attributes:
+        name: unique in its graph. seconds: what it takes alone on its stream.
+        reads, writes: names of buffers and state. after: tasks that must precede it beside those it reads from.
+        chunk: the micro-batch that it belongs to. where: line of the model, for pictures.
+    """
+
+    name: str
+    kind: Kind
+    seconds: float
+    reads: tuple[str, ...] = ()
+    writes: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
+    chunk: int = 0
+    where: str = ""
+
+
+@dataclass(frozen=True)
+class TaskGraph:
+    """Tasks in an order that is legal: what reads a name reads what the last task before it wrote.
+
+    Attributes:
+        buffers: name -> bytes. results: buffers that outlive the tasks.
+    """
+
+    tasks: tuple[Task, ...]
+    buffers: Mapping[str, int] = field(default_factory=dict)
+    results: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        names = [task.name for task in self.tasks]
+        known = set(names)
+        if len(known) != len(names):
+            raise TaskError(f"two tasks are called {next(n for n in names if names.count(n) > 1)}.")
+        for task in self.tasks:
+            if not 0 <= task.seconds < float("inf"):
+                raise TaskError(f"{task.name} takes {task.seconds} seconds.")
+            if unknown := [name for name in task.after if name not in known]:
+                raise TaskError(f"{task.name} is to run after {unknown[0]}, which is no task.")
+
+    def dependences(self) -> dict[str, set[str]]:
+        """For each task the tasks that must precede it: by what it reads, overwrites, or is told."""
+        before: dict[str, set[str]] = {}
+        writer: dict[str, str] = {}
+        readers: dict[str, set[str]] = {}
+        for task in self.tasks:
+            edges = set(task.after)
+            edges |= {writer[name] for name in (*task.reads, *task.writes) if name in writer}
+            for name in task.writes:
+                edges |= readers.pop(name, set())
+                writer[name] = task.name
+            for name in task.reads:
+                if name not in task.writes:
+                    readers.setdefault(name, set()).add(task.name)
+            before[task.name] = edges - {task.name}
+        return before
+
+
+class Issue(NamedTuple):
+    """One entry of the host's sequence."""
+
+    action: Action
+    task: str
+
+
+class Span(NamedTuple):
+    """When a task runs, in seconds from the start of the step."""
+
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class WhyNoOverlap:
+    """Why a collective is not wholly hidden: seconds exposed, the reason, the tasks that the reason names."""
+
+    task: str
+    exposed: float
+    reason: str
+    by: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A sequence of issues of a graph's tasks, and what it takes.
+
+    Attributes:
+        spans: when each task runs. exposed: collective -> seconds. seconds: of the whole.
+        live: bytes of live buffers after each issue; peak: the most, while a task runs.
+        why: of each collective that is exposed.
+    """
+
+    graph: TaskGraph
+    issues: tuple[Issue, ...]
+    spans: Mapping[str, Span]
+    exposed: Mapping[str, float]
+    live: tuple[int, ...]
+    peak: int
+    seconds: float
+    why: tuple[WhyNoOverlap, ...] = ()
+
+    @property
+    def communication(self) -> float:
+        """Seconds of all collectives."""
+        return sum(task.seconds for task in self.graph.tasks if task.kind == "collective")
+
+    @property
+    def hidden(self) -> float:
+        """Seconds of collectives that do not hold the compute stream up."""
+        return self.communication - sum(self.exposed.values())
+
+    def bubbles(self, kind: Kind) -> list[Span]:
+        """Gaps of a stream between its tasks."""
+        busy = sorted(self.spans[task.name] for task in self.graph.tasks if task.kind == kind)
+        return [Span(a.end, b.start) for a, b in itertools.pairwise(busy) if b.start > a.end]
+
+
+def simulate(graph: TaskGraph, issues: Iterable[Issue]) -> Schedule:
+    """When each task runs, what is exposed, and what is live. The sequence must be legal; the scheduler sees to that.
+
+    Raises:
+        TaskError: an issue is not of this graph, comes twice or does not fit its task; or one is missing.
+    """
+    tasks = {task.name: task for task in graph.tasks}
+    memory, spans, sequence = Memory(graph), dict[str, Span](), tuple(issues)
+    compute = communication = 0.0
+    gaps: list[Span] = []
+    waited: set[str] = set()
+    live: list[int] = []
+    for action, name in sequence:
+        _check(tasks, spans, waited, action, name)
+        if action == "run":
+            spans[name] = Span(compute, compute + tasks[name].seconds)
+            compute = spans[name].end
+        elif action == "start":
+            begin = max(compute, communication)
+            spans[name] = Span(begin, begin + tasks[name].seconds)
+            communication = spans[name].end
+        else:
+            waited.add(name)
+            if spans[name].end > compute:
+                gaps.append(Span(compute, spans[name].end))
+            compute = max(compute, spans[name].end)
+        memory.issue(Issue(action, name))
+        live.append(memory.live)
+    collectives = [task.name for task in graph.tasks if task.kind == "collective"]
+    unused = [t.name for t in graph.tasks if t.name not in spans] + [c for c in collectives if c not in waited]
+    if unused:
+        raise TaskError(f"{unused[0]} is never {'waited for' if unused[0] in spans else 'issued'}.")
+    exposed = {name: _overlapping(spans[name], gaps) for name in collectives}
+    return Schedule(graph, sequence, spans, exposed, tuple(live), memory.peak, max(compute, communication))
+
+
+def _overlapping(span: Span, gaps: list[Span]) -> float:
+    """Seconds of a span that lie in gaps."""
+    return sum(max(0.0, min(gap.end, span.end) - max(gap.start, span.start)) for gap in gaps)
+
+
+def _check(tasks: Mapping[str, Task], spans: Mapping[str, Span], waited: set[str], action: Action, name: str) -> None:
+    if name not in tasks:
+        raise TaskError(f"{action} {name}: no such task.")
+    if (action == "run") != (tasks[name].kind == "compute"):
+        raise TaskError(f"{action} {name}: it is a {tasks[name].kind} task.")
+    if (action == "wait") == (name not in spans) or name in waited:
+        raise TaskError(f"{action} {name}: {'it has not started' if name not in spans else 'a second time'}.")
+
+
+class Memory:
+    """Bytes of live buffers while a graph's tasks are issued.
+
+    Attributes:
+        live: now. peak: the most so far, counting what a task reads and writes at a time.
+    """
+
+    def __init__(self, graph: TaskGraph) -> None:
+        self._graph, self._tasks = graph, {task.name: task for task in graph.tasks}
+        self._uses: dict[str, int] = {}
+        written: set[str] = set()
+        given: set[str] = set()
+        for task in graph.tasks:
+            for name in self._buffers(task):
+                self._uses[name] = self._uses.get(name, 0) + 1
+            given |= {name for name in task.reads if name in graph.buffers and name not in written}
+            written |= set(task.writes)
+        self._held = given
+        self.live = self.peak = sum(graph.buffers[name] for name in given)
+
+    def _buffers(self, task: Task) -> set[str]:
+        return {name for name in (*task.reads, *task.writes) if name in self._graph.buffers}
+
+    def needs(self, name: str) -> int:
+        """Bytes that the issue of a task adds."""
+        return sum(self._graph.buffers[b] for b in self._buffers(self._tasks[name]) - self._held)
+
+    def issue(self, issue: Issue) -> None:
+        """Count an issue."""
+        buffers = self._buffers(self._tasks[issue.task])
+        if issue.action != "wait":
+            self.live += self.needs(issue.task)
+            self._held |= buffers
+            self.peak = max(self.peak, self.live)
+        if issue.action != "start":
+            for name in buffers:
+                self._uses[name] -= 1
+                if not self._uses[name] and name not in self._graph.results:
+                    self._held.discard(name)
+                    self.live -= self._graph.buffers[name]
