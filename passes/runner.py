@@ -80,6 +80,20 @@ def _no_spec(recipe: Recipe) -> TensorSpec:
     raise PassError("this pipeline knows no checkpoint, so no shape of a weight that is packed")
 
 
+@dataclass(frozen=True)
+class Chunked:
+    """What a graph of two micro-batches is called with (`passes.chunk`).
+
+    Attributes:
+        inputs: placeholder of the whole -> its placeholders in the halves. results: of one half.
+        symbols: size symbol of the whole, which the first half keeps -> that of the second half.
+    """
+
+    inputs: Mapping[str, tuple[str, str]]
+    results: int
+    symbols: Mapping[str, str]
+
+
 @dataclass
 class Context:
     """What passes may know beside the graph.
@@ -92,7 +106,7 @@ class Context:
         states: state placeholder -> its field. state_specs: field -> shape of one unit of its pool and dtype, where a
             pass changed them.
         dtype: the compute dtype. spec_of: shape and dtype of what a recipe gives. choice: how scales are chosen.
-        decisions: what a pass decided on layouts.
+        decisions: what a pass decided on layouts. chunked: how the graph was cut in two micro-batches.
     """
 
     region: str
@@ -105,6 +119,7 @@ class Context:
     spec_of: Callable[[Recipe], TensorSpec] = _no_spec
     choice: Choice = field(default_factory=Choice)
     decisions: list[Decision] = field(default_factory=list)
+    chunked: Chunked | None = None
 
 
 Invariant = Callable[[GraphModule], str | None]

@@ -1,0 +1,182 @@
+"""Chunk: a region that does a step in exactly two micro-batches, so that one can compute while the other sends.
+
+Contract:
+    The graph gets two copies of everything that depends on the step's tokens, the first half's before the second's,
+    and one copy of what does not. Inputs with a token symbol in their shape become two; results come out twice, those
+    of the first half and then those of the second. Nothing else changes: both copies read the same weights and write
+    the same state, in this order, and `order_edges` finds the edges from the first half's writes to the second's reads
+    and from its reads to the second's writes, which no later schedule may cross. With batches that
+    `atomc.ops.batch.split_batch` made of one, and values cut at the same token, the halves compute what the whole did.
+    A graph that cannot be cut so is an error that names the node: it reduces over tokens, or draws random numbers.
+
+Terms:
+    token symbol   a size of the step: tokens, requests, completed windows, wanted logits
+    owned          by the halves: a value that depends on an input with a token symbol
+    shared         everything else: weights, state, constants, views of them
+
+Pseudo-code:
+    owned = forward closure of the inputs that have a token symbol
+    copy the graph; owned nodes get the suffix of half 0 and keep their values and symbols
+    copy the owned nodes again for half 1, with values of new symbols, run on fake tensors
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Final
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.utils import _pytree as pytree
+
+from atomc.passes.graph import PassError, calls, location, op_name, quiet, resources_written, value_of
+from atomc.passes.runner import Chunked, Context, Match, Pass, Report
+
+HALVES: Final = ("_0", "_1")
+
+
+@dataclass(frozen=True)
+class Chunk(Pass):
+    """Cut a region in two by the token symbols `symbols` (names in the graph); says how in `ctx.chunked`."""
+
+    name: ClassVar[str] = "chunk"
+    requires: ClassVar[frozenset[str]] = frozenset({"canonical", "values"})
+    symbols: frozenset[str] = field(default_factory=frozenset)
+
+    def run(self, gm: GraphModule, ctx: Context) -> Report:
+        owned = self.owned(gm.graph, ctx)
+        copier = _Copier(gm, owned, self.symbols)
+        gm.graph = copier.run()
+        ctx.chunked = Chunked(copier.inputs, copier.results, copier.symbols)
+        return Report([Match(location(node), op_name(node.target)) for node in owned if node.op == "call_function"])
+
+    def owned(self, graph: Graph, ctx: Context) -> set[Node]:
+        """The nodes that are done once for each half.
+
+        Raises:
+            PassError: nothing has a token symbol; or a node cannot be cut in two.
+        """
+        owned: set[Node] = set()
+        for node in graph.nodes:
+            if node.op == "placeholder" and self._has_tokens(node):
+                if node.name in ctx.weights or node.name in ctx.states:
+                    raise PassError(f"{ctx.region}: {node.name} is a weight or state, and has a size of the step.")
+                owned.add(node)
+            elif node.op == "call_function" and (set(node.all_input_nodes) & owned or self._has_tokens(node)):
+                owned.add(node)
+                self._check(node, ctx)
+        if not owned:
+            raise PassError(f"{ctx.region}: no input has a size of {', '.join(sorted(self.symbols)) or 'nothing'}.")
+        written = set().union(*(resources_written(node) for node in owned))
+        for node in calls(graph):
+            if node not in owned and resources_written(node):
+                raise PassError(f"{ctx.region}: {node.name} ({location(node)}) writes, for neither half.")
+        if "state" in written:
+            raise PassError(f"{ctx.region}: random numbers would be drawn twice.")
+        output = next(node for node in graph.nodes if node.op == "output")
+        if whole := [node for node in output.all_input_nodes if node not in owned]:
+            raise PassError(f"{ctx.region}: result {whole[0].name} depends on no token.")
+        return owned
+
+    def _has_tokens(self, node: Node) -> bool:
+        return bool(free_symbols(node.meta.get("val")) & self.symbols)
+
+    def _check(self, node: Node, ctx: Context) -> None:
+        leaves = [v for v in pytree.tree_leaves(node.meta.get("val")) if isinstance(v, torch.Tensor)]
+        if leaves and not any(free_symbols(value) & self.symbols for value in leaves):
+            what = f"{node.name} = {op_name(node.target)} ({location(node)})"
+            raise PassError(f"{ctx.region}: {what} has no size of the step any more: it joins all tokens.")
+
+
+def free_symbols(value: Any) -> set[str]:
+    """Names of the symbols in the sizes of a value's tensors, and of sizes themselves."""
+    found: set[str] = set()
+    for leaf in pytree.tree_leaves(value):
+        for size in leaf.shape if isinstance(leaf, torch.Tensor) else (leaf,):
+            if isinstance(size, torch.SymInt):
+                found |= {str(symbol) for symbol in size.node.expr.free_symbols}
+    return found
+
+
+class _Copier:
+    """Builds the chunked graph.
+
+    Attributes:
+        inputs, results, symbols: as in `Chunked`, when it has run.
+    """
+
+    def __init__(self, gm: GraphModule, owned: set[Node], tokens: frozenset[str]) -> None:
+        self.gm, self.owned, self.tokens = gm, owned, tokens
+        self.graph = Graph()
+        self.copies: tuple[dict[Node, Node], dict[Node, Node]] = {}, {}
+        self.inputs: dict[str, tuple[str, str]] = {}
+        self.results = 0
+        self.symbols: dict[str, str] = {}
+        self._sizes: dict[Any, Any] = {}  # symbol -> the second half's, as sympy
+
+    def run(self) -> Graph:
+        nodes = list(self.gm.graph.nodes)
+        for node in nodes:
+            if node.op == "output":
+                continue
+            for half in (0, 1) if node.op == "placeholder" and node in self.owned else (0,):
+                self._copy(node, half)
+        for node in nodes:
+            if node.op == "call_function" and node in self.owned:
+                self._copy(node, 1)
+        output = nodes[-1]
+        leaves = [pytree.tree_leaves(self._argument(output.args[0], half)) for half in (0, 1)]
+        self.results = len(leaves[0])
+        self.graph.output((*leaves[0], *leaves[1]))
+        return self.graph
+
+    def _argument(self, value: Any, half: int) -> Any:
+        return torch.fx.node.map_arg(value, lambda n: self.copies[half if n in self.owned else 0][n])
+
+    def _copy(self, node: Node, half: int) -> None:
+        """Append a half's copy of a node (of a shared one, the only copy)."""
+        name = node.name + (HALVES[half] if node in self.owned else "")
+        args, kwargs = self._argument(node.args, half), self._argument(node.kwargs, half)
+        target = name if node.op == "placeholder" else node.target
+        made = self.graph.create_node(node.op, target, args, kwargs, name, node.type)
+        made.meta = dict(node.meta)
+        if half:
+            made.meta["val"] = self._value(node, made)
+        self.copies[half][node] = made
+        if node.op == "placeholder" and node in self.owned and half:
+            self.inputs[node.name] = self.copies[0][node].name, made.name
+
+    def _value(self, node: Node, made: Node) -> Any:
+        """The fake value of the second half's copy."""
+        values = [n.meta.get("val") for n in self.gm.graph.nodes]
+        with quiet(values), torch.no_grad():
+            if node.op == "placeholder":
+                return self._input(node.meta["val"])
+            target: Any = made.target
+            return target(*map(value_of, made.args), **{k: value_of(v) for k, v in made.kwargs.items()})
+
+    def _input(self, value: torch.Tensor) -> torch.Tensor:
+        sizes = [self._size(size) for size in value.shape]
+        return torch.empty(sizes, dtype=value.dtype, device=value.device)
+
+    def _size(self, size: int | torch.SymInt) -> int | torch.SymInt:
+        """A size of the second half: its expression with the second half's symbols."""
+        if not isinstance(size, torch.SymInt):
+            return size
+        env: ShapeEnv = size.node.shape_env
+        for symbol in sorted(size.node.expr.free_symbols, key=str):
+            if str(symbol) in self.tokens and symbol not in self._sizes:
+                self._sizes[symbol] = made = self._symbol(env, symbol)
+                self.symbols[str(symbol)] = str(made)
+        expr = size.node.expr.xreplace(self._sizes)
+        return env.create_symintnode(expr, hint=None)
+
+    def _symbol(self, env: ShapeEnv, symbol: Any) -> Any:
+        """A new symbol with the range of another, and a size as example that differs from it."""
+        from torch._dynamo.source import ConstantSource
+
+        example = int(env.backed_var_to_val[symbol]) + 1
+        made = env.create_symbol(example, ConstantSource(f"{symbol}_1"), DimDynamic.DYNAMIC)
+        env.var_to_range[made] = env.var_to_range[symbol]
+        return made
