@@ -12,6 +12,7 @@ from atomc.passes.pointwise import Pointwise
 from atomc.passes.quantize import Quantize
 from atomc.passes.runner import Pass
 from atomc.passes.scheme import SCHEMES, Scheme
+from atomc.passes.shard import ShardGraph
 from atomc.passes.wide_linears import WideLinears
 from atomc.targets import Target, get_target
 
@@ -44,11 +45,12 @@ def compilation(
     target: Target | None = None,
     rows: Mapping[str, str] | None = None,
     index_query: str = "",
+    shard: ShardGraph | None = None,
 ) -> tuple[Pass, ...]:
     """The pipeline of every compile: find the operators, merge linears, quantise, fuse operators with their neighbours.
 
     Args:
-        rows, index_query: see `Quantize`.
+        rows, index_query: see `Quantize`. shard: how the model lies on many ranks.
     """
     target = target or get_target("cpu")
     scaled = (
@@ -78,6 +80,7 @@ def compilation(
         quant_fusions.HC_POST_PRE_NORM_QUANT,
         fusions.HC_HEAD_NORM,
         *scaled,
+        *((shard,) if shard is not None else ()),
         *generated,
         DeadCode(),
     )

@@ -23,6 +23,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch.fx import GraphModule
 
+from atomc.ops.placement import Placement
 from atomc.passes.graph import PassError, readable
 from atomc.recipes import Choice, Recipe, TensorSpec
 
@@ -106,7 +107,10 @@ class Context:
         states: state placeholder -> its field. state_specs: field -> shape of one unit of its pool and dtype, where a
             pass changed them.
         dtype: the compute dtype. spec_of: shape and dtype of what a recipe gives. choice: how scales are chosen.
-        decisions: what a pass decided on layouts. chunked: how the graph was cut in two micro-batches.
+        decisions: what a pass decided on layouts.
+        placements: placeholder -> mesh axis -> what a rank holds of it, where the graph is one of many ranks'.
+        sizes: placeholder -> symbol, of sizes that the ranks agree on before a step.
+        chunked: how the graph was cut in two micro-batches.
     """
 
     region: str
@@ -119,6 +123,8 @@ class Context:
     spec_of: Callable[[Recipe], TensorSpec] = _no_spec
     choice: Choice = field(default_factory=Choice)
     decisions: list[Decision] = field(default_factory=list)
+    placements: dict[str, dict[str, Placement]] = field(default_factory=dict)
+    sizes: dict[str, str] = field(default_factory=dict)
     chunked: Chunked | None = None
 
 
