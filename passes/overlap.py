@@ -19,8 +19,9 @@ Pseudo-code:
             of the compute tasks that may run, issue the one that stalls least, then the highest priority
             before it, wait for the collectives that it needs
             if memory lets none run, wait for a collective, whose arguments it frees
-    the order given is one of the candidates, so that the result is never slower than it
-    keep the fastest schedule within the memory limit, of equals the one with the lower peak
+    the order given is one of the candidates (a window of one), so that the result is never slower than it
+    keep the fastest schedule within the memory limit, of equals the one with the lower peak; look no further after
+        one that takes no longer than the longest chain, or all compute
 """
 
 from __future__ import annotations
@@ -31,10 +32,23 @@ from dataclasses import replace
 
 import networkx as nx
 
-from atomc.parallel.tasks import Action, Issue, Kind, Memory, Schedule, Span, Task, TaskGraph, WhyNoOverlap, simulate
+from atomc.parallel.tasks import (
+    Action,
+    Issue,
+    Kind,
+    Memory,
+    Schedule,
+    Task,
+    TaskGraph,
+    WhyNoOverlap,
+    meetings,
+    simulate,
+)
 from atomc.passes.graph import PassError
 
-WINDOWS = (None, 32, 16, 8, 4, 2, 1)
+WINDOWS = (None, 32, 8, 1)  # more of them where memory is bounded
+TIGHT = (16, 4, 2)
+ROUNDING = 1e-9  # of sums in another order
 NOTHING = 1e-12  # seconds: a collective exposed for less is hidden
 
 
@@ -52,7 +66,7 @@ def overlap(graph: TaskGraph, limit: int | None = None, *, require: bool = False
             it is required, with the reason of each collective.
     """
     problem = _Problem(graph)
-    found = [s for s in _candidates(problem, limit) if limit is None or s.peak <= limit]
+    found = list(_candidates(problem, limit))
     if not found:
         peak = simulate(graph, problem.in_order).peak
         raise OverlapError(f"the tasks take {peak:,} bytes in the order given, and no order found takes {limit:,}.")
@@ -86,6 +100,8 @@ class _Problem:
         for name in reversed(self.order):
             after = max((self.level[n] for n in self.dag.successors(name)), default=0.0)
             self.level[name] = self.tasks[name].seconds + after
+        compute = sum(task.seconds for task in graph.tasks if task.kind == "compute")
+        self.bound = max(compute, *self.level.values(), 0.0)  # no order takes less
 
     @property
     def in_order(self) -> list[Issue]:
@@ -99,17 +115,26 @@ class _Problem:
 
 
 def _candidates(problem: _Problem, limit: int | None) -> Iterator[Schedule]:
+    """Schedules within the limit, one for each rule; none after one that no order can beat."""
     seen: set[tuple[Issue, ...]] = set()
     flat = dict.fromkeys(problem.tasks, 0.0)
     tail = {name: level - problem.tasks[name].seconds for name, level in problem.level.items()}
     priorities: tuple[Mapping[str, float], ...] = (problem.level, tail, flat)
-    for priority, window in itertools.product(priorities, WINDOWS):
+    windows = WINDOWS if limit is None else WINDOWS + TIGHT
+    for window, priority in itertools.product(windows, priorities):
         issues = _list_schedule(problem, limit, window, priority)
-        if issues is not None and tuple(issues) not in seen:
-            seen.add(tuple(issues))
-            yield simulate(problem.graph, issues)
+        if issues is None or tuple(issues) in seen:
+            continue
+        seen.add(tuple(issues))
+        found = simulate(problem.graph, issues)
+        if limit is None or found.peak <= limit:
+            yield found
+            if found.seconds <= problem.bound * (1 + ROUNDING):
+                return
     if limit is not None:
-        yield simulate(problem.graph, problem.in_order)
+        blocking = simulate(problem.graph, problem.in_order)
+        if blocking.peak <= limit:
+            yield blocking
 
 
 def _list_schedule(
@@ -245,17 +270,12 @@ def _reason(problem: _Problem, best: Schedule, free: Schedule, name: str) -> tup
         return text, tuple(t.name for t in work)
     if free.exposed[name] < best.exposed[name] - NOTHING:
         return f"the memory limit; without it {free.exposed[name] * 1e6:.1f} us would be exposed", ()
-    span = best.spans[name]
     others = [c.name for c in problem.graph.tasks if c.kind == "collective" and c.name != name]
-    hides = {c: [t for t in work if _meet(best.spans[t.name], best.spans[c])] for c in others}
-    if by := tuple(c for c, tasks in hides.items() if tasks):
-        return "compute independent of it hides other collectives", by
-    early = tuple(t.name for t in work if best.spans[t.name].end <= span.start)
-    return "compute independent of it is on the longest chain before it, or after it", early
-
-
-def _meet(a: Span, b: Span) -> bool:
-    return min(a.end, b.end) - max(a.start, b.start) > NOTHING
+    spans = [best.spans[t.name] for t in work]
+    met = {at for at, _, seconds in meetings([best.spans[c] for c in others], spans) if seconds > NOTHING}
+    if met:
+        return "compute independent of it hides other collectives", tuple(others[at] for at in sorted(met))
+    return "compute independent of it is on the longest chain before it, or after it", tuple(t.name for t in work)
 
 
 __all__ = ["OverlapError", "Schedule", "Task", "TaskGraph", "WhyNoOverlap", "overlap"]

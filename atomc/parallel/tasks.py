@@ -17,7 +17,7 @@ Terms:
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -183,13 +183,21 @@ def simulate(graph: TaskGraph, issues: Iterable[Issue]) -> Schedule:
     unused = [t.name for t in graph.tasks if t.name not in spans] + [c for c in collectives if c not in waited]
     if unused:
         raise TaskError(f"{unused[0]} is never {'waited for' if unused[0] in spans else 'issued'}.")
-    exposed = {name: _overlapping(spans[name], gaps) for name in collectives}
+    exposed = dict.fromkeys(collectives, 0.0)
+    for at, _, seconds in meetings([spans[name] for name in collectives], gaps):
+        exposed[collectives[at]] += seconds
     return Schedule(graph, sequence, spans, exposed, tuple(live), memory.peak, max(compute, communication))
 
 
-def _overlapping(span: Span, gaps: list[Span]) -> float:
-    """Seconds of a span that lie in gaps."""
-    return sum(max(0.0, min(gap.end, span.end) - max(gap.start, span.start)) for gap in gaps)
+def meetings(a: Sequence[Span], b: Sequence[Span]) -> Iterator[tuple[int, int, float]]:
+    """Pairs of a span of a and one of b that meet, by their places, and for how long; spans of one side do not meet."""
+    rows, columns = (sorted(range(len(s)), key=s.__getitem__) for s in (a, b))
+    i = j = 0
+    while i < len(rows) and j < len(columns):
+        x, y = a[rows[i]], b[columns[j]]
+        if (seconds := min(x.end, y.end) - max(x.start, y.start)) > 0:
+            yield rows[i], columns[j], seconds
+        i, j = (i + 1, j) if x.end <= y.end else (i, j + 1)
 
 
 def _check(tasks: Mapping[str, Task], spans: Mapping[str, Span], waited: set[str], action: Action, name: str) -> None:
@@ -209,28 +217,26 @@ class Memory:
     """
 
     def __init__(self, graph: TaskGraph) -> None:
-        self._graph, self._tasks = graph, {task.name: task for task in graph.tasks}
+        self._graph = graph
+        self._of = {t.name: frozenset(n for n in (*t.reads, *t.writes) if n in graph.buffers) for t in graph.tasks}
         self._uses: dict[str, int] = {}
         written: set[str] = set()
         given: set[str] = set()
         for task in graph.tasks:
-            for name in self._buffers(task):
+            for name in self._of[task.name]:
                 self._uses[name] = self._uses.get(name, 0) + 1
             given |= {name for name in task.reads if name in graph.buffers and name not in written}
             written |= set(task.writes)
         self._held = given
         self.live = self.peak = sum(graph.buffers[name] for name in given)
 
-    def _buffers(self, task: Task) -> set[str]:
-        return {name for name in (*task.reads, *task.writes) if name in self._graph.buffers}
-
     def needs(self, name: str) -> int:
         """Bytes that the issue of a task adds."""
-        return sum(self._graph.buffers[b] for b in self._buffers(self._tasks[name]) - self._held)
+        return sum(self._graph.buffers[b] for b in self._of[name] - self._held)
 
     def issue(self, issue: Issue) -> None:
         """Count an issue."""
-        buffers = self._buffers(self._tasks[issue.task])
+        buffers = self._of[issue.task]
         if issue.action != "wait":
             self.live += self.needs(issue.task)
             self._held |= buffers

@@ -6,6 +6,8 @@ HBM3 80 GB at 3.35 TB/s; NVLink 4, 900 GB/s both ways through NVSwitch); CUDA C+
 `dot_scaled` to bf16, hence mx "emulated". Memory is counted in 10^9 bytes, slightly below what the driver reports.
 Residency: the same guide and the occupancy calculator (228 KiB of shared memory an SM, 1 KiB of it kept for each block,
 64 warps, 32 blocks, registers given to a warp by 256). float32 outside the matrix units: 66.9 TFLOP/s (white paper).
+Links: reduce-scatter reaches 360 GB/s and all-gather 350 of 450 (nccl-tests, reported in NVIDIA/nccl#1281); 15
+microseconds for the least collective, assumed.
 
 Sustained, from one run on one H100 80GB HBM3: copy 3.0 TB/s, bf16 8192^3 730 to 800 TFLOP/s, FP8 1,238 TFLOP/s
 (cuBLASLt), and some 4 microseconds of ramp and tail a kernel of a captured graph. Another run copied at 2.42 TB/s and
@@ -30,7 +32,7 @@ TARGET = Target(
     peaks=Peaks(bf16=9.894e14, fp8=1.9789e15, fp4=None, vector=6.69e13),
     memory_bytes=80_000_000_000,
     memory_rate=3.35e12,
-    link=Link(topology="switch", rate=450.0e9, devices=8),
+    link=Link(topology="switch", rate=450.0e9, devices=8, share=0.79, latency=15.0e-6, origin="reported"),
     residency=Residency(
         shared_bytes=228 * KIB,
         shared_granule=128,

@@ -90,11 +90,17 @@ class Link:
         topology: `switch`: one pair alone may use the whole rate; `mesh`: a pair has `rate / (devices - 1)`.
         rate: bytes per second out of one device to all its peers together, one direction.
         devices: devices of one node that are connected this way, itself included.
+        share: part of the rate that a long collective reaches. latency: seconds that a collective takes at the least.
+        origin: where share is from: `reported` in public for a device of this kind, or `assumed` to be as on another.
+            Latencies are assumed everywhere.
     """
 
     topology: Topology
     rate: float
     devices: int
+    share: float = 1.0
+    latency: float = 0.0
+    origin: Literal["reported", "assumed"] = "assumed"
 
     @property
     def pair_rate(self) -> float:
