@@ -22,7 +22,9 @@ Pseudo-code:
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar, Final
 
 import torch
@@ -45,48 +47,78 @@ class Chunk(Pass):
     symbols: frozenset[str] = field(default_factory=frozenset)
 
     def run(self, gm: GraphModule, ctx: Context) -> Report:
-        owned = self.owned(gm.graph, ctx)
-        copier = _Copier(gm, owned, self.symbols)
+        tokens = self.tokens(gm.graph, ctx)
+        owned = _Owned(gm.graph, ctx, tokens).find()
+        copier = _Copier(gm, owned, tokens)
         gm.graph = copier.run()
         ctx.chunked = Chunked(copier.inputs, copier.results, copier.symbols)
         return Report([Match(location(node), op_name(node.target)) for node in owned if node.op == "call_function"])
 
-    def owned(self, graph: Graph, ctx: Context) -> set[Node]:
-        """The nodes that are done once for each half.
+    def tokens(self, graph: Graph, ctx: Context) -> frozenset[str]:
+        """All token symbols: those given, sizes that ranks agree on before a step, and sizes that operators make."""
+        inputs = [node for node in graph.nodes if node.op == "placeholder"]
+        agreed = set().union(*(free_symbols(n.meta.get("val")) for n in inputs if n.name in ctx.sizes))
+        known = set().union(*(free_symbols(n.meta.get("val")) for n in inputs))
+        made = set().union(*(free_symbols(n.meta.get("val")) for n in calls(graph))) - known
+        return self.symbols | agreed | made
 
-        Raises:
-            PassError: nothing has a token symbol; or a node cannot be cut in two.
-        """
+
+class _Owned:
+    """The nodes that are done once for each half."""
+
+    def __init__(self, graph: Graph, ctx: Context, tokens: frozenset[str]) -> None:
+        self.graph, self.ctx, self.tokens = graph, ctx, tokens
+
+    def find(self) -> set[Node]:
+        """Raises `PassError`: nothing has a token symbol; or a node cannot be cut in two."""
         owned: set[Node] = set()
-        for node in graph.nodes:
+        for node in self.graph.nodes:
             if node.op == "placeholder" and self._has_tokens(node):
-                if node.name in ctx.weights or node.name in ctx.states:
-                    raise PassError(f"{ctx.region}: {node.name} is a weight or state, and has a size of the step.")
+                if node.name in self.ctx.weights or node.name in self.ctx.states:
+                    raise self._error(f"{node.name} is a weight or state, and has a size of the step")
                 owned.add(node)
             elif node.op == "call_function" and (set(node.all_input_nodes) & owned or self._has_tokens(node)):
                 owned.add(node)
-                self._check(node, ctx)
+                self._check_rows(node)
         if not owned:
-            raise PassError(f"{ctx.region}: no input has a size of {', '.join(sorted(self.symbols)) or 'nothing'}.")
-        written = set().union(*(resources_written(node) for node in owned))
-        for node in calls(graph):
-            if node not in owned and resources_written(node):
-                raise PassError(f"{ctx.region}: {node.name} ({location(node)}) writes, for neither half.")
-        if "state" in written:
-            raise PassError(f"{ctx.region}: random numbers would be drawn twice.")
-        output = next(node for node in graph.nodes if node.op == "output")
-        if whole := [node for node in output.all_input_nodes if node not in owned]:
-            raise PassError(f"{ctx.region}: result {whole[0].name} depends on no token.")
+            raise self._error(f"no input has a size of {', '.join(sorted(self.tokens)) or 'nothing'}")
+        self._check_effects(owned)
         return owned
 
-    def _has_tokens(self, node: Node) -> bool:
-        return bool(free_symbols(node.meta.get("val")) & self.symbols)
+    def _error(self, what: str) -> PassError:
+        return PassError(f"{self.ctx.region}: {what}.")
 
-    def _check(self, node: Node, ctx: Context) -> None:
+    def _has_tokens(self, node: Node) -> bool:
+        return bool(free_symbols(node.meta.get("val")) & self.tokens)
+
+    def _check_rows(self, node: Node) -> None:
         leaves = [v for v in pytree.tree_leaves(node.meta.get("val")) if isinstance(v, torch.Tensor)]
-        if leaves and not any(free_symbols(value) & self.symbols for value in leaves):
+        if leaves and not self._has_tokens(node) and node.name not in self._counts:
             what = f"{node.name} = {op_name(node.target)} ({location(node)})"
-            raise PassError(f"{ctx.region}: {what} has no size of the step any more: it joins all tokens.")
+            raise self._error(f"{what} has no size of the step any more: it joins all tokens")
+
+    @cached_property
+    def _counts(self) -> set[str]:
+        """Operators whose results only say how many rows go where: each half has counts of its own."""
+        found: set[Node] = set()
+        for node in reversed(list(calls(self.graph))):
+            users = set(node.users)
+            if node.target is torch.ops.atom.host_sizes.default or (users and users <= found):
+                found.add(node)
+            elif node.target is torch.ops.atom.sort_by_rank.default:
+                found |= {node, *(user for user in users if user.target is operator.getitem)}
+        return {node.name for node in found}
+
+    def _check_effects(self, owned: set[Node]) -> None:
+        written = set().union(*(resources_written(node) for node in owned))
+        for node in calls(self.graph):
+            if node not in owned and resources_written(node):
+                raise self._error(f"{node.name} ({location(node)}) writes, for neither half")
+        if "state" in written:
+            raise self._error("random numbers would be drawn twice")
+        output = next(node for node in self.graph.nodes if node.op == "output")
+        if whole := [node for node in output.all_input_nodes if node not in owned]:
+            raise self._error(f"result {whole[0].name} depends on no token")
 
 
 def free_symbols(value: Any) -> set[str]:
@@ -156,7 +188,9 @@ class _Copier:
             target: Any = made.target
             return target(*map(value_of, made.args), **{k: value_of(v) for k, v in made.kwargs.items()})
 
-    def _input(self, value: torch.Tensor) -> torch.Tensor:
+    def _input(self, value: torch.Tensor | torch.SymInt) -> Any:
+        if isinstance(value, torch.SymInt):
+            return self._size(value)
         sizes = [self._size(size) for size in value.shape]
         return torch.empty(sizes, dtype=value.dtype, device=value.device)
 
