@@ -32,16 +32,21 @@ from atomc.codegen.missing import missing_kernels, refuse
 from atomc.codegen.source import source_of
 from atomc.errors import AtomcError
 from atomc.models.deepseek_v4.config import DeepseekV4Config
-from atomc.models.deepseek_v4.promises import Rounded, products_of, promised_matches, regions_of
+from atomc.models.deepseek_v4.promises import Rounded, products_of, promised_matches
+from atomc.models.deepseek_v4.sharding import promised_cuts
 from atomc.models.deepseek_v4.state import row_layouts
 from atomc.models.source import ModelSource, open_model
 from atomc.pack import Packed, Packing, Source, weights_of
+from atomc.parallel.layout import Layout
 from atomc.passes import pipelines
 from atomc.passes.graph import location
 from atomc.passes.runner import Context, Pass, Row, run_pipeline
-from atomc.passes.scheme import IndexRows, Rows, Scheme, SchemeError, get_scheme
-from atomc.recipes import Choice, Method, Recipe, TensorSpec, instantiate, joined, output_spec, stored_layout
+from atomc.passes.scheme import IndexRows, Rows, Scheme, get_scheme
+from atomc.passes.shard import ShardGraph
+from atomc.ranks import Ranks, check_parallel, layout_for, layout_of, prove_ranks, shard_pass
+from atomc.recipes import Choice, Method, Recipe, TensorSpec, instantiate, output_spec, stored_layout
 from atomc.report import Explanation, Layouts, explanation_of, layouts_of, write_report
+from atomc.rules import check_rules
 from atomc.targets import Target, get_target
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -64,6 +69,7 @@ class Options:
             file of `atomc calibrate`, by the error of the products.
         with_weights: pack the checkpoint's weights. dump_ir: folder for the graph after each pass.
         stop_after: label of the pass to stop after; nothing is written then.
+        parallel: the layout on many ranks, as `atomc.parallel.layout` reads it; empty: one rank.
     """
 
     dtype: str = "float32"
@@ -79,6 +85,7 @@ class Options:
     with_weights: bool = True
     dump_ir: Path | None = None
     stop_after: str | None = None
+    parallel: str = ""
 
 
 @dataclass
@@ -87,6 +94,7 @@ class Result:
 
     `calibrated`: how many of the tensors rounded here the calibration fits, of how many; None without one. `kernels`:
     what is known of each code object, by its key; `faults`: what of it does not hold (`atomc.codegen.assertions`).
+    `ranks`: of more than one, what they send one another, and that they do so alike.
     """
 
     output: Path | None
@@ -102,6 +110,7 @@ class Result:
     calibrated: tuple[int, int] | None = None
     kernels: dict[str, KernelFacts] = field(default_factory=dict)
     faults: dict[str, list[str]] = field(default_factory=dict)
+    ranks: Ranks | None = None
 
 
 @dataclass
@@ -115,8 +124,8 @@ class Compiled:
 
 @dataclass(frozen=True)
 class Quantisation:
-    """What the options ask of the passes: the scheme with its caches, their row layouts by state field, and those of
-    index queries."""
+    """What the options ask of the passes: the scheme with its caches, their row layouts by state field, those of index
+    queries, and the layout on many ranks."""
 
     scheme: Scheme
     target: Target
@@ -124,10 +133,11 @@ class Quantisation:
     index_query: str
     method: Method
     calibration: Calibration | None = None
+    layout: Layout = field(default_factory=Layout)
 
     def pipeline(self) -> tuple[Pass, ...]:
         """The passes of this compile."""
-        return pipelines.compilation(self.scheme, self.target, self.rows, self.index_query)
+        return pipelines.compilation(self.scheme, self.target, self.rows, self.index_query, shard_pass(self.layout))
 
     def spec_of(self, source: ModelSource) -> Callable[[str], TensorSpec]:
         """Shape and dtype of the checkpoint's tensors, and of the calibration's."""
@@ -155,10 +165,11 @@ def compile_model(
         AtomcError: anything the user can mend; nothing is written then.
     """
     target = get_target(target_name)
+    check_parallel(options.parallel, options.stop_after)
     if options.stop_after is None:
         check_output(output)
     else:
-        check_stop(options.stop_after, target)
+        check_stop(options.stop_after, target, options.parallel)
     source = open_model(model, with_weights=options.with_weights)
     limits = check_limits(options, source.config)
     quantisation = check_scheme(options, source.config, target)
@@ -169,7 +180,9 @@ def compile_model(
     explanation = explanation_of({c.region.name: c.rows for c in compiled})
     layouts = layouts_of({c.region.name: c.ctx.decisions for c in compiled}, Counter(c.region for c in program.calls))
     if options.stop_after is not None:
-        return Result(None, None, source.name, target, explanation, layouts, calibrated=calibrated)
+        cut = {c.region.name: c.ctx for c in compiled if any(r.label == ShardGraph.name for r in c.rows)}
+        ranks = prove_ranks(program, cut, quantisation.layout, buckets_of(limits.max_batch_tokens))
+        return Result(None, None, source.name, target, explanation, layouts, calibrated=calibrated, ranks=ranks)
     lowered = {c.region.name: lower(c, serving, target) for c in compiled}
     regions = {name: plan for name, (plan, _) in lowered.items()}
     if missing := [m for region in regions.values() for m in missing_kernels(region, target)]:
@@ -255,7 +268,8 @@ def check_scheme(options: Options, config: DeepseekV4Config, target: Target) -> 
         raise CompileError(f"rows {scheme.rows}, index rows {scheme.index_rows}: {error}.") from error
     check_rules(scheme, config)
     calibration = None if options.calibration is None else Calibration(options.calibration)
-    return Quantisation(scheme, target, rows, query, cast(Method, options.scales), calibration)
+    layout = layout_for(options.parallel, config, scheme)
+    return Quantisation(scheme, target, rows, query, cast(Method, options.scales), calibration, layout)
 
 
 def check_calibration(compiled: list[Compiled], quantisation: Quantisation) -> tuple[int, int] | None:
@@ -271,26 +285,10 @@ def check_calibration(compiled: list[Compiled], quantisation: Quantisation) -> t
     return found, total
 
 
-def check_rules(scheme: Scheme, config: DeepseekV4Config) -> None:
-    """Whether each rule decides for some product of the model; a rule that decides nothing is a mistake in it."""
-    products = dict.fromkeys(product for region in regions_of(config) for product in products_of(region))
-    decided = {found[0] for p in products if (found := scheme.rule(p.kind, p.paths)) is not None}
-    for number, rule in enumerate(scheme.rules, start=1):
-        of_kind = [p for p in products if p.kind == rule.op]
-        fits = [joined(p.paths) for p in of_kind if rule.fits(p.kind, p.paths)]
-        touched = [joined(p.paths) for p in of_kind if any(re.fullmatch(rule.path, path) for path in p.paths)]
-        where = f"scheme {scheme.name}, rule {number} (path {rule.path!r})"
-        if half := [name for name in touched if name not in fits]:
-            raise SchemeError(f"{where}: {half[0]} is one product; a rule must fit all of its weights, or none.")
-        if number not in decided:
-            known = ", ".join(joined(p.paths) for p in of_kind)
-            why = f"an earlier rule decides for {', '.join(fits)}" if fits else f"the model's {rule.op} are {known}"
-            raise SchemeError(f"{where} decides nothing: {why}.")
-
-
-def check_stop(label: str, target: Target) -> None:
+def check_stop(label: str, target: Target, parallel: str = "") -> None:
     """Whether there is a pass to stop after."""
-    labels = [step.label for step in pipelines.compilation(target=target)]
+    shard = shard_pass(layout_of(parallel))
+    labels = [step.label for step in pipelines.compilation(target=target, shard=shard)]
     if label not in labels:
         raise CompileError(f"--stop-after {label}: no such pass; choose one of {', '.join(labels)}.")
 
@@ -339,9 +337,10 @@ def fuse(
     by_path = {path.removesuffix(".weight"): recipe for path, recipe in recipes.items()}
     ctx = Context(
         region.name,
-        expected=promised_matches(
-            source.config, region.name, rounded(region.name, by_path, quantisation, options.dtype)
-        ),
+        expected={
+            **promised_matches(source.config, region.name, rounded(region.name, by_path, quantisation, options.dtype)),
+            ShardGraph.name: promised_cuts(region.name, quantisation.layout.tp > 1),
+        },
         weights={placeholder: recipes[path] for placeholder, path in weights.items()},
         module_paths=dict(weights),
         states={i.placeholder: i.name for i in region.inputs if i.role == "state"},

@@ -2,7 +2,7 @@
 
 Contract: one graph for all ranks; they differ in their parts of the weights alone. On every rank it gives what the
 whole graph gives for the rank's own requests, up to the order of sums over ranks. Every value is what the rules of
-`atomc/ops/placement.py` make of it, and a sum that is due is taken where it arises.
+`atomc/ops/placement_rules.py` make of it, and a sum that is due is taken where it arises.
 
     It runs after quantisation and fusion, before casts are moved and pointwise chains are generated: codes and scales
     are recipes of their own by then, cut in units of their blocks; what is sent is what was quantised, a byte for an

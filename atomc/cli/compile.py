@@ -12,6 +12,7 @@ import typer
 
 if TYPE_CHECKING:
     from atomc.compiler import Options, Result
+    from atomc.targets import Target
 
 ModelArgument = Annotated[
     str, typer.Argument(help="A checkpoint folder, or a bundled model (deepseek-v4-flash, -nano, -pro).")
@@ -57,6 +58,10 @@ def compile_command(
     no_weights: Annotated[bool, typer.Option("--no-weights", help="Compile and check without a checkpoint.")] = False,
     dump_ir: Annotated[Path | None, typer.Option(help="Write each region's graph after every pass here.")] = None,
     stop_after: Annotated[str | None, typer.Option(help="Stop after this pass; writes no artifact.")] = None,
+    parallel: Annotated[
+        str,
+        typer.Option(help="Ranks: dp=N,tp=N,moe=tp|ep. As yet with --stop-after: graphs are cut and proven."),
+    ] = "",
     as_json: JsonOption = False,
 ) -> None:
     """Compile a model for a target into an artifact. Needs no GPU."""
@@ -71,17 +76,8 @@ def compile_command(
     path = output or Path(f"{Path(model).resolve().name.removesuffix('.json')}.atom")
     if dump_ir is not None:
         check_folder(dump_ir, "--dump-ir")
-    from atomc.artifact.store import check_output
-    from atomc.cli.failure import OptionError
-    from atomc.compiler import CompileError, Options, check_stop
-
-    if stop_after is None:
-        check_output(path)
-    else:
-        try:
-            check_stop(stop_after, known)
-        except CompileError as error:
-            raise OptionError(str(error)) from error
+    _check_end(path, stop_after, known, parallel)
+    from atomc.compiler import Options
 
     options = Options(
         dtype=dtype or ("bfloat16" if known.is_gpu else "float32"),
@@ -90,6 +86,7 @@ def compile_command(
         max_context=max_context or 0, max_batch_tokens=max_batch_tokens, max_requests=max_requests,
         max_logit_rows=min(max_batch_tokens, 512) if max_logit_rows is None else max_logit_rows,
         with_weights=not no_weights, dump_ir=dump_ir, stop_after=stop_after,
+        parallel=parallel,
     )  # fmt: skip
     result, seconds = _compile(model, target, path, options)
     summary = _summary(result, seconds, options)
@@ -99,6 +96,24 @@ def compile_command(
         emit_json(summary)
     else:
         _show(result, summary, options)
+
+
+def _check_end(output: Path, stop_after: str | None, target: Target, parallel: str) -> None:
+    """Whether the compile can end as it is asked to, before it starts."""
+    from atomc.artifact.store import check_output
+    from atomc.cli.failure import OptionError
+    from atomc.compiler import CompileError, check_stop
+    from atomc.parallel.layout import LayoutError
+    from atomc.ranks import check_parallel
+
+    try:
+        check_parallel(parallel, stop_after)
+        if stop_after is not None:
+            check_stop(stop_after, target, parallel)
+    except (CompileError, LayoutError) as error:
+        raise OptionError(str(error)) from error
+    if stop_after is None:
+        check_output(output)
 
 
 def _check_positive(*limits: tuple[str, int | None]) -> None:
@@ -137,7 +152,7 @@ def _summary(result: Result, seconds: float, options: Options) -> dict[str, Any]
         "output": result.output, "sha256": result.hash,
         "seconds": round(seconds, 3), "peak_rss_bytes": _peak_rss(), "nodes_before": before, "nodes_after": after,
         "matches": matches(result.explanation), "regions": dict.fromkeys(result.explanation, 0),
-        "calibrated": result.calibrated,
+        "calibrated": result.calibrated, "ranks": _ranks(result),
     }  # fmt: skip
     if result.program is None or result.output is None:
         return summary
@@ -162,6 +177,17 @@ def _summary(result: Result, seconds: float, options: Options) -> dict[str, Any]
         "max_batch_tokens": serving.max_batch_tokens,
         "max_requests": serving.max_requests,
     }
+
+
+def _ranks(result: Result) -> dict[str, Any] | None:
+    """What the ranks send one another, and how far that was proven; None for one rank."""
+    if (ranks := result.ranks) is None:
+        return None
+    sent = {name: [str(c) for c in found] for name, found in ranks.collectives.items()}
+    return {
+        "count": ranks.layout.ranks, "layout": str(ranks.layout), "collectives": sent, "step": ranks.proof.longest,
+        "pairs": ranks.proof.pairs,
+    }  # fmt: skip
 
 
 def _packed(result: Result) -> dict[str, Any] | None:
@@ -226,6 +252,11 @@ def _show(result: Result, summary: dict[str, Any], options: Options) -> None:
             ("sha256", summary["sha256"]),
         ]  # fmt: skip
     elif options.stop_after:
+        if (ranks := summary["ranks"]) is not None:
+            rows.append(("ranks", f"{ranks['count']}, {ranks['layout']}"))
+            rows.append(
+                ("collectives", f"{ranks['step']} a step, alike in {ranks['pairs']:,} pairs of ranks and states")
+            )
         rows.append(("stopped after", f"{options.stop_after}; no artifact is written"))
     if options.dump_ir is not None:
         rows.append(("graphs", str(options.dump_ir)))

@@ -33,9 +33,8 @@ def _compressed_rows(
     """Gathered compressed rows [t, n, d] and which are selected and visible [t, n]."""
     visible = ((positions.long() + 1) // ratio)[:, None]
     if topk is None:
-        rows = torch.arange(int(visible.max()) if len(visible) else 0, device=positions.device).expand(
-            positions.shape[0], -1
-        )
+        most = int(visible.max()) if len(visible) else 0
+        rows = torch.arange(most, device=positions.device).expand(positions.shape[0], -1)
     else:
         rows = topk.long()
     valid = (rows >= 0) & (rows < visible)

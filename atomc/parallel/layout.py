@@ -92,6 +92,8 @@ class Layout:
 
     def _experts(self, sizes: ModelSizes) -> str | None:
         units = sizes.experts if self.moe == "ep" else sizes.inner // sizes.block
+        if self.ranks == 1:
+            return None
         if units % self.ranks == 0 and (self.moe == "ep" or sizes.inner % sizes.block == 0):
             return None
         if self.moe == "ep":

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from atomc.ops.placement import REPLICATE, Call, Operand, Placement, PlacementError, Size, propagate
+from atomc.ops.placement import REPLICATE, Call, Operand, Placement, PlacementError, Size
+from atomc.ops.placement_rules import propagate
 from atomc.parallel.collectives import KINDS, WAIT, group_of, placed
 
 # Of a node with one result its placement; of one with several, those of all.
@@ -79,7 +80,7 @@ def _argument(arg: Any, known: Mapping[Node, Placed], sizes: Callable[[Node], tu
         return arg
     value = arg.meta.get("val")
     if isinstance(value, torch.Tensor):
-        return Operand(_one(known[arg]), sizes(arg)[0])
+        return Operand(_one(known[arg]), sizes(arg)[0], value.dtype)
     if isinstance(value, torch.SymInt):
-        return Size(known[arg] != REPLICATE)
+        return Size(known[arg] != REPLICATE, example(value))
     return arg  # a list of sizes

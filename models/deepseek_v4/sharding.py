@@ -22,6 +22,11 @@ _EXPERTS: Final = re.compile(r"ffn\.experts\.(w13|w2)(\.scale)?")
 _EACH: Final = {"w13": Shard(1, parts=2), "w2": Shard(2)}
 
 
+def promised_cuts(region: str, tp: bool) -> int:
+    """How many places the shard pass rewrites: experts, and along `tp` the output projection, embedding and head."""
+    return int(tp) + region.startswith("layer_")
+
+
 def placement_of(path: str, axis: str, moe: str) -> Placement:
     """How the parameter at `path`, local to its block, is placed along a mesh axis; `moe`: `tp` or `ep`."""
     if found := _EXPERTS.fullmatch(path):

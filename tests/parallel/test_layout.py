@@ -110,6 +110,13 @@ def test_ranks_are_coordinates_of_the_mesh() -> None:
     assert Layout().mesh.groups("dp") == [[0]]
 
 
+def test_one_rank_fits_any_model() -> None:
+    """A block may be wider than all of a small model's columns."""
+    Layout().check(ModelSizes(heads=3, groups=1, experts=5, inner=32, vocabulary=7, block=128))
+    with pytest.raises(LayoutError, match=r"32 columns in blocks of 128 of an expert \(moe=tp\); no dp fits"):
+        Layout(dp=2).check(ModelSizes(heads=3, groups=1, experts=5, inner=32, vocabulary=7, block=128))
+
+
 def test_divisors() -> None:
     assert divisors(36) == [1, 2, 3, 4, 6, 9, 12, 18, 36]
     assert divisors(1) == [1]
