@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 from stack_roofline import operations
-from stack_timing import Row, attempt, stepped
+from stack_timing import Row, attempt, replayed, stepped
 from timing import ceilings, told
 from torch import Tensor
 
@@ -159,7 +159,10 @@ def rows(options: argparse.Namespace, profile: Path | None = None) -> Iterator[R
         row = Row("atomc", "decode", requests=requests, context=options.context)
         row.bytes = touched(artifact, config, requests) + state_bytes(artifact, config, requests, options.context)
         row.flops = operations(config, requests, 1, options.context)
-        yield attempt(row, partial(executor.step, batch), options.repeat, "cuda")
+        row = attempt(row, partial(executor.step, batch), options.repeat, "cuda")
+        if executor.graphs is not None and row.reason is None:
+            row.replay_s = replayed(partial(executor.graphs.replay, requests))
+        yield row
     for tokens in (t for t in options.tokens if t <= serving.max_batch_tokens):
         batch = steps.batch(1, 0, tokens)
         row = Row("atomc", "prefill", tokens=tokens, chunks=1)

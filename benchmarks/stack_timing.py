@@ -18,9 +18,11 @@ class Row:
 
     Attributes:
         who: what ran. step: `decode` or `prefill`. requests, context: of a decode step. tokens, chunks: of a prompt.
-        device_s, wall_s: medians. bytes, flops: what the step must touch and compute, in the formats of the stack.
-        floor_s: the least time, by the rates measured in the same run; `share_of_floor` of the device time, and
-            `share_of_copy` the bytes' part alone. compile_s: before the first step. reason: why it was not measured.
+        device_s, wall_s: medians. replay_s: of a decode step's graph alone, one after the other. bytes, flops: what the
+            step must touch and compute, in the formats of the stack.
+        floor_s: the least time, by the rates measured in the same run; `share_of_floor` of the replay's or the
+            device's time, and `share_of_copy` the bytes' part alone. compile_s: before the first step. reason: why it
+            was not measured.
     """
 
     who: str
@@ -31,6 +33,7 @@ class Row:
     chunks: int | None = None
     device_s: float | None = None
     wall_s: float | None = None
+    replay_s: float | None = None
     bytes: float | None = None
     flops: dict[str, float] | None = None
     floor_s: float | None = None
@@ -47,8 +50,9 @@ class Row:
         """With the least time at the rates `best`: of copies, of matrix products."""
         if self.bytes is not None and self.flops is not None and self.device_s is not None:
             self.floor_s = least(self.bytes, self.flops, best)
-            self.share_of_floor = self.floor_s / self.device_s
-            self.share_of_copy = self.bytes / best["copy"] / self.device_s
+            seconds = self.replay_s or self.device_s
+            self.share_of_floor = self.floor_s / seconds
+            self.share_of_copy = self.bytes / best["copy"] / seconds
 
 
 def stepped(
@@ -79,6 +83,18 @@ def stepped(
         on_clock.append(time.perf_counter() - start)
         on_device.append(events[0].elapsed_time(events[1]) / 1e3 if cuda else on_clock[-1])
     return {"device_s": statistics.median(on_device[warm:]), "wall_s": statistics.median(on_clock[warm:])}
+
+
+def replayed(graph: Callable[[], Any], count: int = 50) -> float:
+    """Seconds of one of `count` replays that follow one another."""
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    graph()
+    events[0].record()
+    for _ in range(count):
+        graph()
+    events[1].record()
+    torch.cuda.synchronize()
+    return events[0].elapsed_time(events[1]) / 1e3 / count
 
 
 def why(error: BaseException) -> str:

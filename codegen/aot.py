@@ -72,7 +72,6 @@ def build(variant: Variant, target: Target) -> Binary:
     """
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
     if target.triton is None:
         raise KernelError(f"{target.name} runs the references; no kernel is compiled for it.")
@@ -80,7 +79,8 @@ def build(variant: Variant, target: Target) -> Binary:
     constants = dict(variant.constants)
     signature = {n: dict(variant.signature).get(n, "constexpr") for n in names}
     attrs = {(names.index(n),): [["tt.divisibility", 16]] for n in variant.aligned}
-    source = ASTSource(fn=variant.kernel, signature=signature, constexprs=constants, attrs=attrs)
+    kind = _source_type(variant.kernel)
+    source = kind(fn=variant.kernel, signature=signature, constexprs=constants, attrs=attrs)
     where = GPUTarget(target.triton.backend, target.triton.arch, target.triton.warp_size)
     try:
         # `Store` is the cache; Triton's own would keep each stage of each kernel as well, and only ever grow.
@@ -96,6 +96,17 @@ def build(variant: Variant, target: Target) -> Binary:
     if problem := _unfit(made, target):
         raise KernelError(f"a kernel cannot run: {_told(variant, target)}: {problem}")
     return _binary(made, variant, target)
+
+
+def _source_type(kernel: Any) -> Any:
+    """What Triton compiles a kernel from: its own language, or Gluon, where layouts and barriers are written out."""
+    if kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        return GluonASTSource
+    from triton.compiler import ASTSource
+
+    return ASTSource
 
 
 def _told(variant: Variant, target: Target) -> str:

@@ -41,11 +41,12 @@ class Staging:
         tables = serving.window_table_width, serving.block_table_width
         self.tables = tables
         most = self.shapes(bounds["T"], bounds["B"], bounds["N4"], bounds["NH"], bounds["L"])
-        size = sum(_room(shape) for shape in most.values())
+        size = _size(most)
         self.host = torch.zeros(size, dtype=torch.int32, pin_memory=device.type == "cuda")
         self.device = torch.zeros(size, dtype=torch.int32, device=device)
         self._array = self.host.numpy()
         self._copied = torch.cuda.Event() if device.type == "cuda" else None
+        self._decode: dict[int, tuple[list[Any], Any]] = {}  # by bucket
 
     def shapes(self, tokens: int, requests: int, csa: int, hca: int, rows: int) -> Shapes:
         """The shape of every field of a batch of these sizes."""
@@ -68,18 +69,20 @@ class Staging:
         return found
 
     def arrays(self, shapes: Shapes) -> dict[str, Any]:
-        """The fields on the host, to be written; the copy before is waited for."""
-        if self._copied is not None:
-            self._copied.synchronize()
+        """The fields on the host."""
         found, at = {}, 0
         for name, shape in shapes.items():
             found[name] = self._array[at : at + int(np.prod(shape))].reshape(shape)
             at += _room(shape)
         return found
 
-    def send(self, shapes: Shapes) -> None:
-        """Copy the fields to the device, in one piece, on the current stream."""
-        size = sum(_room(shape) for shape in shapes.values())
+    def wait(self) -> None:
+        """The copy before has left the host's memory: it may be written."""
+        if self._copied is not None:
+            self._copied.synchronize()
+
+    def send(self, size: int) -> None:
+        """Copy the first `size` numbers to the device, in one piece, on the current stream."""
         self.device[:size].copy_(self.host[:size], non_blocking=True)
         if self._copied is not None:
             self._copied.record()
@@ -87,31 +90,44 @@ class Staging:
     def put(self, batch: Batch) -> dict[str, Tensor]:
         """A batch as it is, on the device."""
         shapes = {name: tuple(field.shape) for name, field in batch._asdict().items()}
+        self.wait()
         for name, array in self.arrays(shapes).items():
             array[...] = getattr(batch, name).numpy()
-        self.send(shapes)
+        self.send(_size(shapes))
         return self.views(shapes)
 
     def put_decode(self, batch: Batch | None, bucket: int, slot: int) -> None:
         """A batch of one token a request, padded to a bucket; None: nothing but padding. `slot`: the reserved one."""
+        if bucket not in self._decode:
+            self._decode[bucket] = self._padding(bucket, slot)
+        arrays, padding = self._decode[bucket]
+        self.wait()
+        self._array[: len(padding)] = padding  # always: windows that end are fewer than requests
+        if batch is not None:
+            for array, field in zip(arrays, batch, strict=True):
+                array[: len(field)] = field.numpy()
+        self.send(len(padding))
+
+    def _padding(self, bucket: int, slot: int) -> tuple[list[Any], Any]:
+        """The fields of a decode step in order, and what stands in them where no request is."""
         shapes = self.decode_shapes(bucket)
+        known = {"slots": slot, "csa_ends": -1, "hca_ends": -1}
+        padding, at = np.zeros(_size(shapes), dtype=np.int32), 0
+        for name, shape in shapes.items():
+            field = padding[at : at + int(np.prod(shape))]
+            counts = name in ("requests", "query_start", "logit_rows")
+            field[:] = np.arange(len(field), dtype=np.int32) if counts else known.get(name, RESERVED)
+            at += _room(shape)
         arrays = self.arrays(shapes)
-        padding = {"slots": slot, "csa_ends": -1, "hca_ends": -1}
-        for name, array in arrays.items():
-            used = 0
-            if batch is not None:
-                field = getattr(batch, name).numpy()
-                used = len(field)
-                array[:used] = field
-            if name in ("requests", "query_start", "logit_rows"):
-                array[used:] = np.arange(used, len(array), dtype=np.int32)
-            else:
-                array[used:] = padding.get(name, RESERVED)
-        self.send(shapes)
+        return [arrays[name] for name in Batch._fields], padding
 
 
 def _room(shape: tuple[int, ...]) -> int:
     return -(-int(np.prod(shape)) // ALIGN) * ALIGN
+
+
+def _size(shapes: Shapes) -> int:
+    return sum(_room(shape) for shape in shapes.values())
 
 
 class DecodeGraphs:
@@ -137,6 +153,10 @@ class DecodeGraphs:
                 logits = run(fields, bucket)
             self._graphs[bucket] = (graph, logits)
         torch.cuda.current_stream().wait_stream(stream)
+
+    def replay(self, requests: int) -> None:
+        """Replay the graph of that many requests on the fields that are there: a step without its input, to time it."""
+        self._graphs[next(b for b in self.buckets if requests <= b)][0].replay()
 
     def step(self, batch: Batch) -> Tensor | None:
         """Logits [L, V] of a step with one token of each request, valid until the next step; None for another step."""

@@ -3,7 +3,8 @@
 A program has one token, a block of its heads and a share of its rows: the last WINDOW positions, then the compressed
 rows that it sees or that were selected, BN at a time, each row read once and used as key and as value. Where a token's
 rows are split over programs, their partial results are joined by a second kernel. SWAP exchanges the operands of both
-products (rows and channels become the long dim M of the matrix instruction), so that few heads still fill it.
+products (rows and channels become the long dim M of the matrix instruction), so that few heads still fill it. Packed
+rows have a kernel of their own where reading them ahead pays (`attention_records`).
 Illegal: cache rows of another element than e4m3 (`row_constants`); layouts of a result that `quantize` does not write.
 """
 
@@ -19,14 +20,13 @@ import triton.language as tl
 from torch import Tensor
 
 from atomc.codegen.device import Device, cdiv
+from atomc.codegen.kernels.attention_parts import finish, leave, reach
+from atomc.codegen.kernels.attention_records import attend_shares, attend_tokens, group_of
 from atomc.codegen.kernels.cache import (
     fetch_part,
     page_constants,
     part_values,
-    quantized,
-    rotated,
     row_constants,
-    stored_scale,
 )
 from atomc.codegen.kernels.quantize import empty_pair, quantize
 from atomc.formats import Layout
@@ -59,20 +59,6 @@ def _load_query(q, t, h, H: tl.constexpr, D: tl.constexpr, N: tl.constexpr, PART
             x = tl.load(q + at, mask=(h < H)[:, None] & (c < D)[None, :], other=0.0)
         out = out + (x,)  # noqa: RUF005
     return out
-
-
-@triton.jit
-def _reach(
-    position, topk, WINDOW: tl.constexpr, RATIO: tl.constexpr, CACHED: tl.constexpr, TOPK: tl.constexpr
-):  # fmt: skip
-    """(first window row, how many columns of topk or compressed rows to go through, visible compressed rows)."""
-    visible = (position + 1) // RATIO
-    far = visible if CACHED else 0
-    if TOPK > 0:  # up to the last that counts: padding may stand anywhere
-        k = tl.arange(0, triton.next_power_of_2(TOPK))
-        chosen = tl.load(topk + k, mask=k < TOPK, other=-1)
-        far = tl.max(tl.where((chosen >= 0) & (chosen < visible), k + 1, 0), 0)
-    return tl.maximum(position - (WINDOW - 1), 0), far, visible
 
 
 @triton.jit
@@ -131,43 +117,6 @@ def _weigh(parts, ok, m, z, KIND: tl.constexpr, SCALE2: tl.constexpr, PARTS: tl.
     return p.to(KIND), shrink, top, z * shrink + tl.sum(p, across)
 
 
-@triton.jit
-def _finish(
-    parts, factor, t, h, cos, sin, out, scales,
-    H: tl.constexpr, D: tl.constexpr, N: tl.constexpr, PARTS: tl.constexpr, RD: tl.constexpr, KIND: tl.constexpr,
-    QUANT: tl.constexpr, FLOOR: tl.constexpr, TOP: tl.constexpr, QSCALE: tl.constexpr,
-):  # fmt: skip
-    """Store parts [BH, N] times factor [BH], heads h of token t: rounded to KIND, turned back, rounded, quantised."""
-    head = t.to(tl.int64) * H + h
-    has = (h < H)[:, None]
-    for j in tl.static_range(PARTS):
-        c = j * N + tl.arange(0, N)
-        at = head[:, None] * D + c[None, :]
-        o = (parts[j] * factor[:, None]).to(KIND)
-        if RD > 0 and j * N + N > D - RD:
-            o = rotated(o.to(tl.float32), t, cos, sin, j * N, D, RD, True).to(KIND)
-        if QUANT == 0:
-            tl.store(out + at, o, mask=has & (c < D)[None, :])
-        else:
-            scaled, scale = quantized(o.to(tl.float32), QUANT, FLOOR, TOP, QSCALE)
-            tl.store(out + at, scaled.to(out.dtype.element_ty), mask=has & (c < D)[None, :])
-            g = j * N // QUANT + tl.arange(0, N // QUANT)[None, :]
-            where = scales + head[:, None] * (D // QUANT) + g
-            tl.store(where, stored_scale(scale, QSCALE), mask=has & (g * QUANT < D))
-
-
-@triton.jit
-def _leave(
-    parts, m, z, part, stats, at, ok, any_rows, D: tl.constexpr, N: tl.constexpr, PARTS: tl.constexpr
-):  # fmt: skip
-    """Store one share for `join`: heads [BH] at `at` of [T, SPLITS, H]; without rows, only that it has none."""
-    tl.store(stats + 2 * at, m, mask=ok)
-    tl.store(stats + 2 * at + 1, z, mask=ok)
-    for j in tl.static_range(PARTS):
-        c = j * N + tl.arange(0, N)[None, :]
-        tl.store(part + at[:, None] * D + c, parts[j], mask=(ok & any_rows)[:, None] & (c < D))
-
-
 # -- kernels -----------------------------------------------------------------------------------------------------------
 
 
@@ -196,7 +145,7 @@ def attend(
     z = tl.where(split == 0, tl.exp2(logit - m), 0.0)
 
     chosen = topk + t.to(tl.int64) * TOPK if TOPK > 0 else topk
-    first, far, visible = _reach(position, chosen, WINDOW, RATIO, CACHED, TOPK)
+    first, far, visible = reach(position, chosen, WINDOW, RATIO, CACHED, TOPK)
     near_blocks = tl.cdiv(position + 1 - first, BN)
     total = near_blocks + tl.cdiv(far, BN)
     share = tl.cdiv(total, SPLITS)
@@ -246,9 +195,9 @@ def attend(
         for j in tl.static_range(PARTS):
             o = o + (tl.trans(acc[j]),)  # noqa: RUF005
     if SPLITS == 1:
-        _finish(o, 1.0 / z, t, h, cos, sin, out, scales, H, D, N, PARTS, RD, kind, QUANT, FLOOR, TOP, QSCALE)
+        finish(o, 1.0 / z, t, h, cos, sin, out, scales, H, D, N, PARTS, RD, kind, QUANT, FLOOR, TOP, QSCALE)
     else:
-        _leave(o, m, z, part, stats, (t.to(tl.int64) * SPLITS + split) * H + h, h < H, begin < end, D, N, PARTS)
+        leave(o, m, z, part, stats, (t.to(tl.int64) * SPLITS + split) * H + h, h < H, begin < end, D, N, PARTS)
 
 
 @triton.jit
@@ -278,7 +227,7 @@ def join(
     wide: tl.constexpr = tl.float32 if KIND == "float32" else tl.float16
     kind: tl.constexpr = tl.bfloat16 if KIND == "bfloat16" else wide
     factor = 1.0 / tl.where(h < H, total, 1.0)
-    _finish((acc,), factor, t, h, cos, sin, out, scales, H, D, DP, 1, RD, kind, QUANT, FLOOR, TOP, QSCALE)
+    finish((acc,), factor, t, h, cos, sin, out, scales, H, D, DP, 1, RD, kind, QUANT, FLOOR, TOP, QSCALE)
 
 
 # -- host functions ----------------------------------------------------------------------------------------------------
@@ -300,14 +249,22 @@ FEW = {"sm_90": Config(16, 32, 512, False, 8), "sm_100": Config(16, 64, 256, Tru
        "gfx950": Config(16, 64, 256, True, 4), "gfx942": Config(16, 64, 256, True, 4)}  # fmt: skip
 MANY = {"sm_90": Config(64, 64, 256, False, 8), "sm_100": Config(64, 64, 512, False, 8),
         "gfx950": Config(64, 32, 512, False, 4), "gfx942": Config(64, 32, 512, False, 4)}  # fmt: skip
+# Where packed rows are read ahead (`attention_records`, which has all channels at a time): few heads a program, many.
+AHEAD = {"sm_90": (Config(16, 16, 512, False, 4), Config(64, 64, 512, False, 8))}
 EXACT = Config(16, 16, 128, False, 4)  # float32 has no matrix instruction of its precision: the reference's numbers
 
 
-def configure(device: Device, heads: int, dtype: torch.dtype) -> Config:
-    """The configuration of a bucket."""
+def configure(device: Device, heads: int, dtype: torch.dtype, group: int, cached: bool) -> Config:
+    """The configuration of a bucket; `group`: of rows that are read ahead, else 0; `cached`: more rows than a window's.
+
+    Tensor cores are busier with many heads a program, and the machine is sooner full with few.
+    """
     if dtype == torch.float32:
         return EXACT
-    few = heads <= 16 or device.tokens * cdiv(heads, 64) <= device.target.compute_units // 32
+    programs, units = device.tokens * cdiv(heads, 64), device.target.compute_units
+    if group:
+        return AHEAD[device.target.arch][heads > 16 and programs > units // (64 if cached else 8)]
+    few = heads <= 16 or programs <= units // 32
     return (FEW if few else MANY)[device.target.arch]
 
 
@@ -370,15 +327,23 @@ def sparse_attention_inverse_rope_quant(
     return codes, scales
 
 
+def _in_pieces(q: Tensor, shared: dict[str, Any]) -> bool:
+    """Whether `attend_tokens` may finish in pieces: where inverses of scales are bf16 values, and shapes as there."""
+    whole = q.shape[-1] == 8 * shared["RD"] == 4 * shared["QUANT"]
+    return whole and shared["QSCALE"] == "e8m0" and q.dtype == torch.bfloat16
+
+
 def _attention(
     device: Device, args: dict[str, Any], scale: float, window_size: int, ratio: int, rows: str, quant: dict[str, Any]
 ) -> None:
     """Launch `attend`, and `join` where rows are split."""
     q, cache, topk = args["q"], args["cache"], args["topk"]
     tokens, heads, d = q.shape
-    config = configure(device, heads, q.dtype)
     near = page_constants(args["window"], rows)
     far = page_constants(cache, rows) if cache is not None else {"PAGE": 1, "PAGE_SIZE": 0}
+    page_sizes = (near["PAGE_SIZE"], far["PAGE_SIZE"])
+    group = group_of(rows, q.dtype, page_sizes) if device.target.arch in AHEAD else 0
+    config = configure(device, heads, q.dtype, group, cache is not None)
     chosen = topk.shape[1] if topk is not None else 0
     columns = args["block_table"].shape[1]
     most = (chosen or columns * far["PAGE"]) if cache is not None else 0
@@ -387,20 +352,43 @@ def _attention(
     stats = device.empty((tokens, splits, heads, 2), torch.float32) if splits > 1 else None
     row = row_constants(rows, d)
     padded = row.pop("DP")
-    width = min(padded, max(config.width, quant["QUANT"]))  # a part has whole groups of what is written
-    align = gcd(16, near["PAGE_SIZE"], far["PAGE_SIZE"], row["BODY"] if rows else d)
     shared = {"H": heads, "RD": 2 * args["cos"].shape[-1] if args["cos"] is not None else 0, "SPLITS": splits, **quant}
     constants = {**shared, **row, **far, "SCALE2": scale * LOG2E, "WINDOW": window_size, "RATIO": max(ratio, 1),
                  "CACHED": cache is not None, "TOPK": chosen, "BH": config.heads, "BN": config.rows,
-                 "SWAP": config.swap, "N": width, "PARTS": padded // width, "ALIGN": align,
                  "WINDOW_PAGE": near["PAGE"], "WINDOW_SIZE": near["PAGE_SIZE"]}  # fmt: skip
     given = {**args, "part": part, "stats": stats, "window_columns": args["window_table"].shape[1],
              "block_columns": columns}  # fmt: skip
-    grid = (tokens * cdiv(heads, config.heads) * splits,)
-    device.launch(attend, grid, given, constants, warps=config.warps, stages=1)
+    programs = tokens * cdiv(heads, config.heads)
+    if group:
+        constants |= {"GROUP": group, "LOG": (d // group).bit_length() - 1, "PIECES": _in_pieces(q, shared)}
+        _attend_records(device, given, constants, programs, config)
+    else:
+        width = min(padded, max(config.width, quant["QUANT"]))  # a part has whole groups of what is written
+        align = gcd(16, *page_sizes, row["BODY"] if rows else d)
+        constants |= {"SWAP": config.swap, "N": width, "PARTS": padded // width, "ALIGN": align}
+        device.launch(attend, (programs * splits,), given, constants, warps=config.warps, stages=1)
     if splits > 1:
         block = 1 if device.tokens <= 4 else 4
         given = {"part": part, "stats": stats, **{k: args[k] for k in ("cos", "sin", "out", "scales")}}
         kind = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}[q.dtype]
         constants = {**shared, "BH": block, "D": d, "DP": padded, "KIND": kind}
         device.launch(join, (tokens * cdiv(heads, block),), given, constants)
+
+
+def _attend_records(
+    device: Device, given: dict[str, Any], constants: dict[str, Any], items: int, config: Config
+) -> None:
+    """Launch one of the kernels of `attention_records` for so many blocks of heads of tokens."""
+    dropped = {"PACKED", "SCALES", "SCALE"}  # what `group_of` has made sure of
+    if constants["SPLITS"] > 1:
+        dropped |= {"RD", "QUANT", "FLOOR", "TOP", "QSCALE", "PIECES"}
+        given = {k: v for k, v in given.items() if k not in ("cos", "sin", "out", "scales")}
+        kept = {k: v for k, v in constants.items() if k not in dropped}
+        device.launch(attend_shares, (items * kept["SPLITS"],), given, kept, warps=config.warps, stages=1)
+        return
+    dropped |= {"SPLITS"}
+    at_once = 1 if config.heads >= 64 else 3  # programs that a multiprocessor has registers for
+    programs = min(device.target.compute_units * at_once, device.tokens * cdiv(constants["H"], config.heads))
+    kept = {k: v for k, v in constants.items() if k not in dropped}
+    given = {k: v for k, v in given.items() if k not in ("part", "stats")} | {"items": items}
+    device.launch(attend_tokens, (programs,), given, kept | {"PROGRAMS": programs}, warps=config.warps, stages=1)

@@ -4,6 +4,7 @@ Pseudo-code:
     pairs sorted by expert, activations laid out          (`moe_sort`)
     h = x w13ᵀ of each expert's rows; a = swiglu(h) times the routing weight, quantised   (`experts_in`)
     y = a w2ᵀ of each expert's rows, one row for each pair                                (`experts_out`)
+                             many tokens on sm_90: both in FP8, by kernels of their own    (`moe_hopper`)
     out = sum of the k rows of a token                                                    (`sum_choices`)
 
 Illegal, refused with the reason: weights that are neither e2m1 1x32 with E8M0 scales nor e4m3 in tiles of 128 columns
@@ -39,7 +40,7 @@ from atomc.codegen.kernels.quantize import (
     unscaled,
 )  # fmt: skip
 from atomc.codegen.kernels.swiglu import swiglu_of, threads
-from atomc.formats import Layout
+from atomc.formats import MXFP4, Layout
 
 # Assembly has no interpreter.
 ASM = not triton.knobs.runtime.interpret
@@ -391,6 +392,12 @@ def scaled_moe_experts(
     i, k = w2.shape[2] * l2.element.packed, w13.shape[2] * l13.element.packed
     t, choices = indices.shape
     eights = l13.element.bits == 8 and not multiplies_mx(device, l13, outer)
+    if folds(device, outer, inner, (l13, l2), (k, i, d), choices, experts):
+        from atomc.codegen.kernels import moe_hopper  # the layer of Triton that it needs is not every backend's
+
+        matrices = (w13, w13_scales, w2, w2_scales)
+        y = moe_hopper.products(device, codes, scales, *matrices, indices, weights, limit, outer, inner, dtype)
+        return _sum(device, y)
     config = choose(device, choices, experts, fused=inner.columns in (32, 128), eights=eights)
     kind = kind_of(device, l13, outer, k, config.bm)
     rows = sort(device, codes, scales, outer, indices, experts, config.bm, kind)
@@ -463,6 +470,29 @@ def launch_out(
     constants = {"K": w2.k, "N": d, "BN": config.bn_out, "BM": config.bm, **w2.constants}
     grid = (rows.tiles * cdiv(d, config.bn_out),)
     device.launch(experts_out, grid, args, constants, warps=config.warps_out, stages=config.stages_out)
+    return _sum(device, y)
+
+
+def folds(
+    device: Device, act: Layout, inner: Layout, weights: tuple[Layout, Layout], sizes: tuple[int, int, int],
+    choices: int, experts: int,
+) -> bool:  # fmt: skip
+    """Whether `moe_hopper` has the product: its layouts and sizes (K, I, D), and rows enough of each expert.
+
+    With 24 rows, if all experts are alike, it was faster; with fewer it was not measured.
+    """
+    k, i, d = sizes
+    pairs = device.tokens * choices
+    fits = k % 512 == 0 and i % 512 == 0 and d % 256 == 0 and pairs * max(k, i) < 2**31  # offsets are int32
+    known = all(str(weight) == str(MXFP4) for weight in weights)
+    acts = act.element.name == inner.element.name == "e4m3" and (act.rows, act.columns) == (inner.rows, inner.columns)
+    known = known and acts and (inner.rows, inner.columns, inner.scale) == (1, 128, "e8m0")
+    return ASM and device.target.arch == "sm_90" and known and fits and pairs >= 24 * experts
+
+
+def _sum(device: Device, y: Tensor) -> Tensor:
+    """y [T, choices, D] summed over the choices."""
+    t, choices, d = y.shape
     out = device.empty((t, d), torch.float32)
     block = min(power_of_two(d), 1024)
     constants = {"N": d, "CHOICES": choices, "BLOCK": block}

@@ -8,6 +8,7 @@ Terms:
             the scales are of use only where a whole row has one.
     ORDER   of each 32 columns of `wide`, as FP4 weights leave their bytes. pairs: the even columns, then the odd ones.
             words: of the codes 0 .. 7 of four words, 0 and 4 of each, then 1 and 5, 2 and 6, 3 and 7.
+            folded: of each 128 columns, 4 of every 4 of a group of 32, in turn of the groups (see `moe_folded`).
 
 Up to SMALL pairs one kernel does all; more are counted by blocks, summed over blocks, and placed. Integers only, and
 each place is computed, never taken: no order of arrival shows.
@@ -27,7 +28,7 @@ from atomc.codegen.device import Device, cdiv, power_of_two
 from atomc.codegen.kernels.common import e2m1_value, e8m0_value
 from atomc.formats import Layout
 
-ORDERS = {"fours": "pairs", "sixteens": "words"}  # by kind of product (see `moe_product`)
+ORDERS = {"fours": "pairs", "sixteens": "words", "folded": "folded"}  # by kind of product (see `moe_product`)
 AS_STORED = ("mx", "plain")  # kinds that read the operator's activations
 SMALL = 1024
 BLOCK = 256  # pairs that a program counts, or places
@@ -69,6 +70,8 @@ def ordered(x, R: tl.constexpr, C: tl.constexpr, ORDER: tl.constexpr):
         x = tl.reshape(tl.permute(tl.reshape(x, (R, C // 32, 16, 2)), (0, 1, 3, 2)), (R, C))
     if ORDER == "words":
         x = tl.reshape(tl.permute(tl.reshape(x, (R, C // 32, 4, 2, 4)), (0, 1, 4, 2, 3)), (R, C))
+    if ORDER == "folded":
+        x = tl.reshape(tl.permute(tl.reshape(x, (R, C // 128, 4, 8, 4)), (0, 1, 3, 2, 4)), (R, C))
     return x
 
 

@@ -14,6 +14,7 @@ from atomc.formats import RowLayout
 from tests.kernels.cache import BF16, F32, FNUZ, INTERPRETED, MAIN, PLAIN, SMALL, local, meta, name_of, pages
 from tests.support.kernel_cases import Case, as_on
 
+TINY = "16:e4m3:1x16:e8m0:0.0001+16"  # the least that is read ahead
 FP8, FNUZ_FP8 = "e4m3:1x128:e8m0:0.0001", "e4m3fnuz:1x128:e8m0:0.0001:max224"
 
 
@@ -113,6 +114,10 @@ CASES = [
     case("mi355x", 4096, DECODE, 64, 512, 64, BF16, MAIN, 128, 64, 4, 64, 32, (8, FP8), target="mi355x"),
     case("rows bf16 of fp32", 4096, [range(9, 10)], 2, 512, 64, F32, PLAIN, 16, 8, 4, 4, 0),
     case("nano", 64, MIXED, 4, 128, 64, BF16, "64:e4m3:1x64:e8m0:0.0001+64", 64, 32, 4, 64, 32, (2, FP8)),
+    # more tokens than programs: each goes on to another one
+    case("many csa", 4096, [range(60), range(30, 104)], 17, 32, 4, BF16, TINY, 8, 2, 4, 2, 3,
+         (2, "e4m3:1x8:e8m0:0.0001")),
+    case("many hca", 4096, [range(40, 180)], 20, 32, 8, BF16, TINY, 8, 4, 8, 2, 0, slow=True),
     case("long hca", 64, [range(5000 * i, 5000 * i + 8) for i in range(6)], 64, 512, 64, BF16, MAIN, 128, 64, 128, 2, 0,
          (8, FP8), slow=True),
     case("long csa", 512, [range(300), range(3000, 3050)], 128, 512, 64, BF16, MAIN, 128, 64, 4, 64, 512, (16, FP8),

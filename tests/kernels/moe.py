@@ -68,6 +68,42 @@ def broken_scale(make: Callable[[], list[Any]]) -> Callable[[], list[Any]]:
     return run
 
 
+def apart(
+    make: Callable[[], list[Any]], spread: int, least: int = 112, zeros: bool = False, spoil: bool = False
+) -> Callable[[], list[Any]]:
+    """With scales of the weights up to 2^spread apart; `zeros`: groups and rows of scale byte 0; `spoil`: 0xFF."""
+
+    def run() -> list[Any]:
+        arguments = make()
+        for at in (3, 5):
+            scales = arguments[at].view(torch.uint8)
+            # Odd rows as far apart as they may be, even ones not at all.
+            scales.copy_(torch.randint(least, least + spread + 1, scales.shape))
+            scales[:, ::2] = least + spread // 2
+            scales[:, 1::4, 0], scales[:, 1::4, -1] = least, least + spread
+            if zeros:
+                scales[0, 2:5], scales[:, 7, 1:3], scales[1, :, -1], scales[0, 9, 1:] = 0, 0, 0, 0
+            if spoil:
+                # Half of the tokens do without expert 1, whose inner columns are NaN.
+                scales[(1, 3, 2) if at == 3 else (2, 130, -1)] = 0xFF
+        arguments[2], arguments[4] = (torch.randint(-128, 128, w.shape, dtype=torch.int8) for w in arguments[2:5:2])
+        return arguments
+
+    return run
+
+
+def rows_each(make: Callable[[], list[Any]], counts: list[int]) -> Callable[[], list[Any]]:
+    """With so many tokens for each expert, in a random order; one choice a token."""
+
+    def run() -> list[Any]:
+        arguments = make()
+        chosen = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+        arguments[6] = chosen[torch.randperm(len(chosen))][:, None].contiguous()
+        return arguments
+
+    return run
+
+
 def case(name: str, make: Callable[[], list[Any]], target: str = "h100", tokens: int = 16, slow: bool = False) -> Case:
     return Case(
         name, "scaled_moe_experts", as_on(target, moe.scaled_moe_experts), make, tokens=tokens, slow=slow, **BOUNDS
@@ -129,9 +165,30 @@ CASES = [
       if INTERPRETED),
     *(case("experts fnuz MXFP4 activations", experts(4, 2, 4, 128, 128, BF16, FP4_ACTIVATION), "mi300x", t)
       for t in [16] if INTERPRETED),
+    # Many tokens on sm_90: scales inside of e4m3 (`moe_hopper`; the interpreter has the other kernels).
+    *(case(f"experts folded {dtype}", experts(260, 2, 6, 512, 512, dtype), tokens=300, slow=slow)
+      for dtype, slow in ((BF16, False), (F32, True))),
+    case("experts folded one expert", experts(300, 3, 4, 512, 512, BF16, kind="same"), tokens=300, slow=True),
+    case("experts folded hot expert", experts(500, 2, 8, 1024, 512, BF16, kind="one"), tokens=512, slow=True),
+    case("experts folded huge", experts(200, 2, 4, 512, 512, BF16, size=1e4), tokens=200, slow=True),
+    case("experts folded tiny", experts(200, 2, 4, 512, 512, BF16, size=1e-6), tokens=200, slow=True),
+    case("experts folded with NaN", experts(200, 2, 4, 512, 512, BF16, spoil=True), tokens=200, slow=True),
+    *(case(f"experts folded {counts} rows", rows_each(experts(sum(counts), 1, len(counts), 512, 512, BF16), counts),
+           tokens=sum(counts), slow=True)
+      for counts in ([1, 63, 64, 65, 127, 0, 128], [96, 97, 0, 129, 33, 32, 31, 193], [0, 0, 200, 0])),
+    *(case(f"experts folded scales 2^{spread} apart", apart(experts(200, 2, 4, 1024, 512, BF16), spread, least),
+           tokens=200, slow=True)
+      for spread, least in ((11, 112), (12, 112), (13, 110), (23, 100), (24, 100), (40, 85))),
+    case("experts folded zero scales", apart(experts(200, 2, 4, 512, 512, BF16), 8, 114, zeros=True), tokens=200,
+         slow=True),
+    case("experts folded zero scales far apart", apart(experts(200, 2, 4, 512, 512, BF16), 30, 95, zeros=True),
+         tokens=200, slow=True),
+    case("experts folded NaN scales", apart(experts(200, 2, 4, 512, 512, BF16), 20, 105, zeros=True, spoil=True),
+         tokens=200, slow=True),
     # Realistic sizes.
     *(case(f"experts flash {t} {weight!s}", experts(t, 6, 64, 4096, 2048, BF16, weight=weight), tokens=t, slow=True)
       for t, weight in [(1, MXFP4), (16, MXFP4), (64, MXFP4), (1000, MXFP4), (16, FP8_TILE), (1000, FP8_TILE)]),
+    case("experts folded pro", experts(500, 6, 24, 7168, 3072, BF16), tokens=500, slow=True),
     case("experts pro 64", experts(64, 6, 32, 7168, 3072, BF16), tokens=64, slow=True),
     case("experts flash 16 MXFP4 activations", experts(16, 6, 32, 4096, 2048, BF16, FP4_ACTIVATION), tokens=16,
          slow=True),

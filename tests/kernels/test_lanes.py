@@ -96,4 +96,4 @@ def test_an_excerpt_has_both_ends_of_every_kernel(target: str) -> None:
     assert {variant.name for _, variant in some.values()} == kernels and len(some) < len(found) / 2
     assert {"experts 1", "experts 8192"} <= {name for name, _ in some.values()}
     products = {variant.name for _, variant in found.values() if has_product(variant.kernel)}
-    assert products == {"experts_in", "experts_out"}
+    assert products == {"experts_in", "experts_out"} | ({"experts_folded"} if target == "h100" else set())

@@ -186,6 +186,19 @@ def test_a_batch_arrives_as_it_is(executor: Executor) -> None:
     assert all(torch.equal(fields[name], getattr(batch, name)) for name in Batch._fields)
 
 
+def test_a_decode_step_leaves_nothing_to_the_next(executor: Executor) -> None:
+    """Fewer windows may end than there are requests, even where a batch fills its bucket."""
+    paged, staging = Paged(executor, 2), Staging(executor.serving, executor.bounds, torch.device("cpu"))
+    full = paged.batch([(0, 3, torch.arange(1)), (1, 7, torch.arange(1))])
+    none = paged.batch([(0, 4, torch.arange(1)), (1, 5, torch.arange(1))])
+    assert full.csa_ends.tolist() == [0, 1] and none.csa_ends.tolist() == [-1]
+    for batch, ends in ((full, [0, 1]), (none, [-1, -1])):
+        staging.put_decode(batch, 2, executor.num_slots)
+        fields = staging.views(staging.decode_shapes(2))
+        assert fields["csa_ends"].tolist() == ends
+        assert fields["window_table"].tolist() == batch.window_table.tolist()
+
+
 @pytest.mark.parametrize(("most", "last"), [(1, (1,)), (3, (1, 2, 3)), (64, (48, 56, 64)), (300, (256, 288, 300))])
 def test_the_buckets_of_graphs_end_with_the_most(most: int, last: tuple[int, ...]) -> None:
     assert buckets_of(most)[-len(last) :] == last and list(buckets_of(most)) == sorted(set(buckets_of(most)))

@@ -15,7 +15,7 @@ import torch
 from atomc.artifact.kernels import KernelFacts
 from atomc.artifact.plan import SlotInfo
 from atomc.runtime import launcher
-from atomc.runtime.gpu import Memory, Values
+from atomc.runtime.gpu import BoundBucket, Memory, Values
 from atomc.runtime.launcher import LaunchError, _c_value, letters_of
 
 FACTS = KernelFacts(
@@ -118,3 +118,24 @@ def test_a_value_is_never_written_where_the_call_may_read_it() -> None:
     assert first.numel() == second.numel() == 4 * 2 * 4
     assert first.data_ptr() == third.data_ptr() != second.data_ptr()
     assert values.take("y", info).data_ptr() not in (first.data_ptr(), second.data_ptr())
+
+
+class Runs:
+    """What runs, in order."""
+
+    def __init__(self, name: str, seen: list[str], fits: bool = True) -> None:
+        self.name, self.seen, self.is_fit = name, seen, fits
+
+    def fits(self, env: object, sizes: object) -> bool:
+        return self.is_fit
+
+    def run(self, *_: object) -> None:
+        self.seen.append(self.name)
+
+
+@pytest.mark.parametrize(("library", "expected"), [(None, "own"), (True, "library"), (False, "own")])
+def test_a_library_runs_where_it_fits_and_the_plans_own_kernels_else(library: bool | None, expected: str) -> None:
+    seen: list[str] = []
+    call = None if library is None else Runs("library", seen, library)
+    bucket = BoundBucket(16, [], [Runs("own", seen)], call)  # type: ignore[list-item, arg-type]
+    assert bucket.run([], {}, 0) is (expected == "own") and seen == [expected]
