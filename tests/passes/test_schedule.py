@@ -18,10 +18,10 @@ from atomc.passes.graph import PassError, order_edges
 from atomc.passes.overlap import OverlapError
 from atomc.passes.runner import Context
 from atomc.passes.schedule import ScheduleOverlap, node_seconds, task_graph
-from tests.passes.test_shard import CONFIG, CONTEXT, LONGEST, Compiled, captured, compiled
 from tests.support.eager import Caches, make_batch, new_caches
 from tests.support.micro_batches import STEP_SYMBOLS, operators
 from tests.support.ranks import run_ranks
+from tests.support.sharded import CONFIG, CONTEXT, LONGEST, Compiled, captured, compiled
 from tests.support.v4_configs import random_ids
 
 LAYOUTS = (("dp=2,moe=tp", "gather"), ("dp=2,moe=ep", "route"), ("tp=2", "gather"), ("dp=2,tp=2,moe=ep", "route"))

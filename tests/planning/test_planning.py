@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
-from atomc.models.bundled import bundled_config
-from atomc.parallel.layout import parse_layout
+from atomc.cli.failure import OptionError
+from atomc.cli.timeline import draw_artifact
+from atomc.models.bundled import bundled_config, bundled_path
+from atomc.parallel.layout import LayoutError, parse_layout
 from atomc.planning.decide import decide
 from atomc.planning.memory import request_bytes, weight_bytes
 from atomc.planning.operators import LayerOperators, Part
@@ -170,3 +174,18 @@ def test_the_command(cli: Cli) -> None:
     assert cli("plan", "deepseek-v4-nano", "--target", "cpu").code == 2
     assert cli("plan", "deepseek-v4-nano", "--tbo", "perhaps").code == 2
     assert cli("plan", "deepseek-v4-nano", "--gpus", "16").code == 2
+
+
+def test_the_timeline_of_an_artifact(tmp_path: Path) -> None:
+    """What `inspect --timeline` draws, from an artifact's config.json and target: prefill and decode, whole and cut."""
+    folder = bundled_path("deepseek-v4-nano")
+    draw_artifact(tmp_path / "t.html", folder, "nano", "mi355x", "dp=2,moe=ep,tbo=auto", 8, 512)
+    assert (tmp_path / "t.html").read_text().count("two micro-batches") == 2
+    draw_artifact(tmp_path / "t.json", folder, "nano", "mi355x", "dp=2,moe=ep,tbo=all", 8, 512)
+    events = json.loads((tmp_path / "t.json").read_text())["traceEvents"]
+    assert sum(event["name"] == "process_name" for event in events) == 4
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["t.html", "t.json"]
+    with pytest.raises(LayoutError, match="does not divide"):
+        draw_artifact(tmp_path / "t.html", folder, "nano", "mi355x", "tp=3", 8, 512)
+    with pytest.raises(OptionError, match="no GPU"):
+        draw_artifact(tmp_path / "t.html", folder, "nano", "cpu", "dp=2", 8, 512)
