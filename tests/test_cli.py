@@ -95,6 +95,33 @@ def test_compile_stops_after_a_pass_and_dumps_the_graphs(cli: Cli, tmp_path: Pat
     assert "atom.hc_head" in (dump / "head" / "03_fuse_hc_head.py").read_text()
 
 
+def test_compile_cuts_for_many_ranks_and_proves_it(cli: Cli, tmp_path: Path) -> None:
+    model, output = write_checkpoint(tmp_path / "model", **ONE_LAYER), tmp_path / "out.atom"
+    ran = cli("compile", model, "-o", output, "--parallel", "moe=ep,dp=2", "--stop-after", "dead_code")
+    assert ran.code == 0, ran.err
+    assert "2, dp=2,moe=ep" in ran.out
+    assert "2 a step, alike in" in ran.out
+    summary = cli("compile", model, "-o", output, "--parallel", "dp=2,moe=ep", "--stop-after", "shard", "--json").json
+    assert summary["ranks"]["count"] == 2
+    assert [len(sent) for sent in summary["ranks"]["collectives"].values()] == [0, 2, 0]
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("parallel", "why"),
+    [
+        ("dp=2,moe=ep", "an artifact is for one rank as yet"),
+        ("dp=2,tbo=all", "batches cannot be overlapped yet"),
+        ("pp=2", "'pp=2' is none of dp=N"),
+    ],
+)
+def test_compile_refuses_what_it_cannot_do_for_many_ranks(cli: Cli, tmp_path: Path, parallel: str, why: str) -> None:
+    ran = cli("compile", "deepseek-v4-nano", "-o", tmp_path / "out.atom", "--parallel", parallel)
+    assert ran.code == 2
+    assert why in " ".join(ran.err.split())
+    assert not (tmp_path / "out.atom").exists()
+
+
 def test_a_gpu_target_says_which_operators_have_no_kernel(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -57,7 +57,7 @@ def unpack_message(message: torch.Tensor, widths: Sequence[int], dtypes: Sequenc
     """The parts [R, width] of a message [R, bytes] that `pack_message` made."""
     parts = message.split([w * t.itemsize for w, t in zip(widths, dtypes, strict=True)], dim=1)
     return [
-        p.contiguous().flatten().view(t).view(message.shape[0], w)
+        p.clone(memory_format=torch.contiguous_format).flatten().view(t).view(message.shape[0], w)
         for p, w, t in zip(parts, widths, dtypes, strict=True)
     ]
 
