@@ -4,7 +4,8 @@ Contract:
     Pure: tasks in, a sequence of issues out; nothing of the tasks changes. Every dependence is kept: by what a task
     reads and overwrites, state included, and by what it is told. A collective starts as soon as all that it needs has
     been issued; its wait stands right before the first task that needs it. The peak of live buffers stays within the
-    limit. Equal graphs give equal schedules. What is not hidden has a reason (`WhyNoOverlap`), and a caller that
+    limit. A collective that the graph leaves open is started here and waited for by what comes after; one that is
+    pending was started before. Equal graphs give equal schedules. What is not hidden has a reason (`WhyNoOverlap`), and a caller that
     requires overlap gets an error with the reasons where there is none, never a schedule that silently has none.
 
 Terms:
@@ -19,9 +20,10 @@ Pseudo-code:
             of the compute tasks that may run, issue the one that stalls least, then the highest priority
             before it, wait for the collectives that it needs
             if memory lets none run, wait for a collective, whose arguments it frees
-    the order given is one of the candidates (a window of one), so that the result is never slower than it
+    the order given, each collective waited for at once, is one of the candidates: the result is never slower than it
     keep the fastest schedule within the memory limit, of equals the one with the lower peak; look no further after
-        one that takes no longer than the longest chain, or all compute
+        one that takes no longer than the longest chain, or all compute. What is left open may last as long after the
+        end of compute as it takes: what comes after is given it whole
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ import networkx as nx
 from atomc.parallel.tasks import (
     Action,
     Issue,
-    Kind,
+    Stream,
     Memory,
     Schedule,
     Task,
@@ -70,10 +72,12 @@ def overlap(graph: TaskGraph, limit: int | None = None, *, require: bool = False
     if not found:
         peak = simulate(graph, problem.in_order).peak
         raise OverlapError(f"the tasks take {peak:,} bytes in the order given, and no order found takes {limit:,}.")
-    best = min(found, key=lambda s: (s.seconds, s.peak))
-    free = best if limit is None else min(_candidates(problem, None), key=lambda s: (s.seconds, s.peak))
+    best = min(found, key=problem.cost)
+    free = best if limit is None else min(_candidates(problem, None), key=problem.cost)
     best = replace(best, why=tuple(_reasons(problem, best, free)))
-    if require and best.communication > 0 and best.hidden <= NOTHING:
+    closed = {task.name: task.seconds for task in graph.tasks if task.stream == "collective"}
+    hidden = sum(closed[name] - best.exposed[name] for name in closed.keys() - graph.open)
+    if require and best.communication > 0 and hidden <= NOTHING:
         reasons = "; ".join(f"{why.task}: {why.reason}" for why in best.why)
         raise OverlapError(f"no communication is hidden. {reasons}.")
     return best
@@ -96,18 +100,31 @@ class _Problem:
         except nx.NetworkXUnfeasible:
             cycle = " -> ".join(a for a, _ in nx.find_cycle(self.dag))
             raise OverlapError(f"the tasks wait for one another: {cycle}.") from None
-        self.level: dict[str, float] = {}
+        self.level = self._levels(frozenset())
+        compute = sum(task.seconds for task in graph.tasks if task.stream == "compute")
+        self.bound = max(compute, *self._levels(graph.open).values(), 0.0)  # no order costs less
+        self.left_open = sum(self.tasks[name].seconds for name in graph.open)
+
+    def _levels(self, without: frozenset[str]) -> dict[str, float]:
+        """Seconds of the longest chain from the start of each task to the end, some tasks taking none."""
+        level: dict[str, float] = {}
         for name in reversed(self.order):
-            after = max((self.level[n] for n in self.dag.successors(name)), default=0.0)
-            self.level[name] = self.tasks[name].seconds + after
-        compute = sum(task.seconds for task in graph.tasks if task.kind == "compute")
-        self.bound = max(compute, *self.level.values(), 0.0)  # no order takes less
+            after = max((level[n] for n in self.dag.successors(name)), default=0.0)
+            level[name] = after + (0.0 if name in without else self.tasks[name].seconds)
+        return level
+
+    def cost(self, schedule: Schedule) -> tuple[float, int]:
+        """What is least: seconds, those that open collectives may last longer left out; then bytes."""
+        if not self.graph.open:
+            return schedule.seconds, schedule.peak
+        return max(schedule.computed, schedule.seconds - self.left_open), schedule.peak
 
     @property
     def in_order(self) -> list[Issue]:
         """The order given, each collective waited for at once."""
-        actions: dict[Kind, tuple[Action, ...]] = {"compute": ("run",), "collective": ("start", "wait")}
-        return [Issue(action, name) for name in self.order for action in actions[self.tasks[name].kind]]
+        actions: dict[Stream, tuple[Action, ...]] = {"compute": ("run",), "collective": ("start", "wait")}
+        every = (Issue(action, name) for name in self.order for action in actions[self.tasks[name].stream])
+        return [issue for issue in every if issue.action != "wait" or issue.task not in self.graph.open]
 
     def related(self, name: str) -> set[str]:
         """Tasks that must precede or follow one, and itself."""
@@ -129,12 +146,11 @@ def _candidates(problem: _Problem, limit: int | None) -> Iterator[Schedule]:
         found = simulate(problem.graph, issues)
         if limit is None or found.peak <= limit:
             yield found
-            if found.seconds <= problem.bound * (1 + ROUNDING):
+            if problem.cost(found)[0] <= problem.bound * (1 + ROUNDING):
                 return
-    if limit is not None:
-        blocking = simulate(problem.graph, problem.in_order)
-        if blocking.peak <= limit:
-            yield blocking
+    blocking = simulate(problem.graph, problem.in_order)
+    if limit is None or blocking.peak <= limit:
+        yield blocking
 
 
 def _list_schedule(
@@ -177,26 +193,28 @@ class _State:
     def next_compute(self) -> str | None:
         return self._best("compute")
 
-    def _best(self, kind: str) -> str | None:
-        names = [n for n in self.ready if self.problem.tasks[n].kind == kind and self._allowed(n)]
+    def _best(self, stream: Stream) -> str | None:
+        names = [n for n in self.ready if self.problem.tasks[n].stream == stream and self._allowed(n)]
         return min(names, key=self._rank, default=None)
 
     def _allowed(self, name: str) -> bool:
-        compute = self.problem.tasks[name].kind == "compute"
+        compute = self.problem.tasks[name].stream == "compute"
         if compute and self.window is not None and self.place[name] - self.first >= self.window:
             return False
         return self.limit is None or self.memory.live + self.memory.needs(name) <= self.limit
 
     def _rank(self, name: str) -> tuple[float, float, int]:
-        """The lowest is issued first: what stalls least, then by priority, then by the order given."""
+        """The lowest is issued first: what is under way, what stalls least, then by priority, then the order given."""
+        if name in self.problem.graph.pending:
+            return -1.0, 0.0, self.place[name]
         available = max((self.ends[c] for c in self._unwaited(name)), default=0.0)
-        stall = 0.0 if self.problem.tasks[name].kind == "collective" else max(0.0, available - self.compute)
+        stall = 0.0 if self.problem.tasks[name].stream == "collective" else max(0.0, available - self.compute)
         return stall, -self.priority[name], self.place[name]
 
     def _unwaited(self, name: str) -> list[str]:
         """Collectives that a compute task needs and nothing has waited for."""
         before = self.problem.before[name]
-        return [c for c in before if self.problem.tasks[c].kind == "collective" and c not in self.waited]
+        return [c for c in before if self.problem.tasks[c].stream == "collective" and c not in self.waited]
 
     def start(self, name: str) -> None:
         self.communication = max(self.compute, self.communication) + self.problem.tasks[name].seconds
@@ -223,7 +241,8 @@ class _State:
     def finish(self) -> None:
         """Wait for what nothing has waited for."""
         for name in self._under_way():
-            self._wait(name)
+            if name not in self.problem.graph.open:
+                self._wait(name)
 
     def _under_way(self) -> list[str]:
         return sorted(self.ends.keys() - self.waited, key=lambda c: (self.ends[c], self.place[c]))
@@ -235,7 +254,7 @@ class _State:
         self.left -= 1
         tasks = self.problem.graph.tasks
         while self.first < len(tasks) and (
-            tasks[self.first].kind == "collective" or tasks[self.first].name in self.issued
+            tasks[self.first].stream == "collective" or tasks[self.first].name in self.issued
         ):
             self.first += 1
         for follower in self.problem.dag.successors(name):
@@ -261,7 +280,7 @@ def _reasons(problem: _Problem, best: Schedule, free: Schedule) -> Iterator[WhyN
 def _reason(problem: _Problem, best: Schedule, free: Schedule, name: str) -> tuple[str, tuple[str, ...]]:
     task = problem.tasks[name]
     related = problem.related(name)
-    work = [t for t in problem.graph.tasks if t.kind == "compute" and t.name not in related and t.seconds > 0]
+    work = [t for t in problem.graph.tasks if t.stream == "compute" and t.name not in related and t.seconds > 0]
     total = sum(t.seconds for t in work)
     if not work:
         return "no compute is independent of it", ()
@@ -270,12 +289,12 @@ def _reason(problem: _Problem, best: Schedule, free: Schedule, name: str) -> tup
         return text, tuple(t.name for t in work)
     if free.exposed[name] < best.exposed[name] - NOTHING:
         return f"the memory limit; without it {free.exposed[name] * 1e6:.1f} us would be exposed", ()
-    others = [c.name for c in problem.graph.tasks if c.kind == "collective" and c.name != name]
+    others = [c.name for c in problem.graph.tasks if c.stream == "collective" and c.name != name]
     spans = [best.spans[t.name] for t in work]
     met = {at for at, _, seconds in meetings([best.spans[c] for c in others], spans) if seconds > NOTHING}
     if met:
         return "compute independent of it hides other collectives", tuple(others[at] for at in sorted(met))
-    return "compute independent of it is on the longest chain before it, or after it", tuple(t.name for t in work)
+    return "the order found uses the compute that is independent of it elsewhere", tuple(t.name for t in work)
 
 
 __all__ = ["OverlapError", "Schedule", "Task", "TaskGraph", "WhyNoOverlap", "overlap"]

@@ -4,12 +4,16 @@ Contract:
     A device has a compute stream and a communication stream; each runs what is issued to it in order. The host issues
     one sequence: `run` a compute task, `start` a collective, `wait` for it. A collective begins when the one before it
     is over and all compute that was issued before its start; a wait holds the compute stream until the collective is
-    over. That is what the functional collectives of torch.distributed do, eager or captured in a graph.
+    over. That is what the functional collectives of torch.distributed do, eager or captured in a graph. While both
+    streams run, each task does `beside` of its work in a second: a collective takes compute units and memory bandwidth.
+    A compute task that the host waits for (sizes that it reads) needs no rule of its own: it stands on the compute
+    stream, so that nothing issued later runs before it is over; that the host then has to start again is in its seconds.
 
 Terms:
     buffer    memory of the step, by name, with its bytes; a name without bytes is state, which lives outside the step
     exposed   seconds in which the compute stream idles because it waits, counted for the collective that runs then
     bubble    any idle time of a stream between its first and its last task
+    pending   a collective that was started before these tasks and is under way; open: one that is waited for after them
     live      a buffer is live from the issue that writes it first until its last reader is issued; a collective reads
               and writes until its wait
 """
@@ -17,13 +21,14 @@ Terms:
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from atomc.errors import AtomcError
 
-Kind = Literal["compute", "collective"]
+Stream = Literal["compute", "collective"]
 Action = Literal["run", "start", "wait"]
 
 
@@ -39,16 +44,18 @@ class Task:
         name: unique in its graph. seconds: what it takes alone on its stream.
         reads, writes: names of buffers and state. after: tasks that must precede it beside those it reads from.
         chunk: the micro-batch that it belongs to. where: line of the model, for pictures.
+        beside: share of its speed that it keeps while the other stream runs.
     """
 
     name: str
-    kind: Kind
+    stream: Stream
     seconds: float
     reads: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
     chunk: int = 0
     where: str = ""
+    beside: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -57,11 +64,14 @@ class TaskGraph:
 
     Attributes:
         buffers: name -> bytes. results: buffers that outlive the tasks.
+        pending: collectives that start before all other tasks. open: collectives that need no wait here.
     """
 
     tasks: tuple[Task, ...]
     buffers: Mapping[str, int] = field(default_factory=dict)
     results: frozenset[str] = frozenset()
+    pending: tuple[str, ...] = ()
+    open: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         names = [task.name for task in self.tasks]
@@ -71,6 +81,8 @@ class TaskGraph:
         for task in self.tasks:
             if not 0 <= task.seconds < float("inf"):
                 raise TaskError(f"{task.name} takes {task.seconds} seconds.")
+            if not 0 < task.beside <= 1:
+                raise TaskError(f"{task.name} keeps {task.beside} of its speed.")
             if unknown := [name for name in task.after if name not in known]:
                 raise TaskError(f"{task.name} is to run after {unknown[0]}, which is no task.")
 
@@ -137,17 +149,24 @@ class Schedule:
 
     @property
     def communication(self) -> float:
-        """Seconds of all collectives."""
-        return sum(task.seconds for task in self.graph.tasks if task.kind == "collective")
+        """Seconds of all collectives, each alone."""
+        return sum(task.seconds for task in self.graph.tasks if task.stream == "collective")
 
     @property
     def hidden(self) -> float:
-        """Seconds of collectives that do not hold the compute stream up."""
+        """Seconds of collectives, each alone, that do not hold the compute stream up."""
         return self.communication - sum(self.exposed.values())
 
-    def bubbles(self, kind: Kind) -> list[Span]:
+    @property
+    def computed(self) -> float:
+        """When the compute stream is free for what comes after; open collectives may last longer."""
+        ended = [self.spans[t.name].end for t in self.graph.tasks if t.stream == "compute"]
+        ended += [self.spans[name].end for action, name in self.issues if action == "wait"]
+        return max(ended, default=0.0)
+
+    def bubbles(self, stream: Stream) -> list[Span]:
         """Gaps of a stream between its tasks."""
-        busy = sorted(self.spans[task.name] for task in self.graph.tasks if task.kind == kind)
+        busy = sorted(self.spans[task.name] for task in self.graph.tasks if task.stream == stream)
         return [Span(a.end, b.start) for a, b in itertools.pairwise(busy) if b.start > a.end]
 
 
@@ -158,35 +177,95 @@ def simulate(graph: TaskGraph, issues: Iterable[Issue]) -> Schedule:
         TaskError: an issue is not of this graph, comes twice or does not fit its task; or one is missing.
     """
     tasks = {task.name: task for task in graph.tasks}
-    memory, spans, sequence = Memory(graph), dict[str, Span](), tuple(issues)
-    compute = communication = 0.0
-    gaps: list[Span] = []
+    memory, sequence = Memory(graph), tuple(issues)
+    started: set[str] = set()
     waited: set[str] = set()
     live: list[int] = []
     for action, name in sequence:
-        _check(tasks, spans, waited, action, name)
-        if action == "run":
-            spans[name] = Span(compute, compute + tasks[name].seconds)
-            compute = spans[name].end
-        elif action == "start":
-            begin = max(compute, communication)
-            spans[name] = Span(begin, begin + tasks[name].seconds)
-            communication = spans[name].end
-        else:
-            waited.add(name)
-            if spans[name].end > compute:
-                gaps.append(Span(compute, spans[name].end))
-            compute = max(compute, spans[name].end)
+        _check(tasks, started, waited, action, name)
+        (waited if action == "wait" else started).add(name)
         memory.issue(Issue(action, name))
         live.append(memory.live)
-    collectives = [task.name for task in graph.tasks if task.kind == "collective"]
-    unused = [t.name for t in graph.tasks if t.name not in spans] + [c for c in collectives if c not in waited]
+    collectives = [task.name for task in graph.tasks if task.stream == "collective"]
+    unused = [n for n in tasks if n not in started] + [c for c in collectives if c not in waited | graph.open]
     if unused:
-        raise TaskError(f"{unused[0]} is never {'waited for' if unused[0] in spans else 'issued'}.")
+        raise TaskError(f"{unused[0]} is never {'waited for' if unused[0] in started else 'issued'}.")
+    spans, gaps = _Streams(tasks, sequence).run()
     exposed = dict.fromkeys(collectives, 0.0)
     for at, _, seconds in meetings([spans[name] for name in collectives], gaps):
         exposed[collectives[at]] += seconds
-    return Schedule(graph, sequence, spans, exposed, tuple(live), memory.peak, max(compute, communication))
+    end = max((span.end for span in spans.values()), default=0.0)
+    return Schedule(graph, sequence, spans, exposed, tuple(live), memory.peak, end)
+
+
+class _Streams:
+    """The clock of both streams: what is issued to each, in order, and what it must wait for."""
+
+    def __init__(self, tasks: Mapping[str, Task], issues: Sequence[Issue]) -> None:
+        self.tasks = tasks
+        self.queues: dict[Stream, deque[tuple[str, list[str]]]] = {"compute": deque(), "collective": deque()}
+        waits: list[str] = []
+        runs: list[str] = []
+        for action, name in issues:
+            if action == "wait":
+                waits.append(name)
+            elif action == "run":
+                self.queues["compute"].append((name, waits))
+                waits, runs = [], [name]
+            else:
+                self.queues["collective"].append((name, runs))
+        self.last = waits  # after the last compute
+        self.running: dict[Stream, str] = {}
+        self.started: dict[str, float] = {}
+        self.ends: dict[str, float] = {}  # of what is over, and of what runs if nothing changes
+        self.over: set[str] = set()
+
+    def run(self) -> tuple[dict[str, Span], list[Span]]:
+        """When each task runs; when compute idles because it waits."""
+        now = 0.0
+        order: list[str] = []
+        while True:
+            for stream, queue in self.queues.items():
+                if stream not in self.running and queue and self.over.issuperset(queue[0][1]):
+                    name, _ = queue.popleft()
+                    self._start(stream, name, now)
+                    order += [name] if stream == "compute" else []
+            if not self.running:
+                break
+            now = min(self.ends[name] for name in self.running.values())
+            for stream, name in list(self.running.items()):
+                if self.ends[name] <= now:
+                    self._stop(stream, name, now)
+        spans = {name: Span(start, self.ends[name]) for name, start in self.started.items()}
+        return spans, list(self._gaps(spans, order))
+
+    def _start(self, stream: Stream, name: str, now: float) -> None:
+        self.started[name] = now
+        self.ends[name] = now + self.tasks[name].seconds
+        self.running[stream] = name
+        self._change(now, slower=True)
+
+    def _stop(self, stream: Stream, name: str, now: float) -> None:
+        self._change(now, slower=False)
+        del self.running[stream]
+        self.over.add(name)
+
+    def _change(self, now: float, *, slower: bool) -> None:
+        """Both streams run from now on, or no longer do: what is left of each task lasts longer, or less long."""
+        for name in self.running.values() if len(self.running) == 2 else ():
+            left, beside = max(0.0, self.ends[name] - now), self.tasks[name].beside
+            if beside != 1.0 and left:
+                self.ends[name] = now + (left / beside if slower else left * beside)
+
+    def _gaps(self, spans: Mapping[str, Span], order: Sequence[str]) -> Iterator[Span]:
+        at = 0.0
+        for name in order:
+            if spans[name].start > at:
+                yield Span(at, spans[name].start)
+            at = spans[name].end
+        end = max((spans[name].end for name in self.last), default=0.0)
+        if end > at:
+            yield Span(at, end)
 
 
 def meetings(a: Sequence[Span], b: Sequence[Span]) -> Iterator[tuple[int, int, float]]:
@@ -200,13 +279,13 @@ def meetings(a: Sequence[Span], b: Sequence[Span]) -> Iterator[tuple[int, int, f
         i, j = (i + 1, j) if x.end <= y.end else (i, j + 1)
 
 
-def _check(tasks: Mapping[str, Task], spans: Mapping[str, Span], waited: set[str], action: Action, name: str) -> None:
+def _check(tasks: Mapping[str, Task], started: set[str], waited: set[str], action: Action, name: str) -> None:
     if name not in tasks:
         raise TaskError(f"{action} {name}: no such task.")
-    if (action == "run") != (tasks[name].kind == "compute"):
-        raise TaskError(f"{action} {name}: it is a {tasks[name].kind} task.")
-    if (action == "wait") == (name not in spans) or name in waited:
-        raise TaskError(f"{action} {name}: {'it has not started' if name not in spans else 'a second time'}.")
+    if (action == "run") != (tasks[name].stream == "compute"):
+        raise TaskError(f"{action} {name}: it is a {tasks[name].stream} task.")
+    if (action == "wait") == (name not in started) or name in waited:
+        raise TaskError(f"{action} {name}: {'it has not started' if name not in started else 'a second time'}.")
 
 
 class Memory:

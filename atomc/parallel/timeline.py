@@ -50,7 +50,7 @@ def svg(schedule: Schedule, window: Span | None = None, whole: float | None = No
     for task in schedule.graph.tasks:
         span = schedule.spans[task.name]
         if span.end > shown.start and span.start < shown.end and span.end > span.start:
-            parts.append(_bar(task, x(span.start), x(span.end), lanes[task.kind], span))
+            parts.append(_bar(task, x(span.start), x(span.end), lanes[task.stream], span))
     for name, span in _held_up(schedule):
         if span.end > shown.start and span.start < shown.end:
             title = f"waits {_time(span.end - span.start)} for {html.escape(name)}"
@@ -170,10 +170,10 @@ def chrome_trace(schedules: Sequence[tuple[str, Schedule]]) -> str:
         for task in schedule.graph.tasks:
             span = schedule.spans[task.name]
             shown: dict[str, Any] = {"micro-batch": task.chunk, "of": task.where}
-            if task.kind == "collective":
+            if task.stream == "collective":
                 shown["exposed_us"] = schedule.exposed[task.name] * 1e6
             events.append(
-                {"ph": "X", "name": task.name, "cat": task.kind, "pid": process, "tid": int(task.kind != "compute"),
+                {"ph": "X", "name": task.name, "cat": task.stream, "pid": process, "tid": int(task.stream != "compute"),
                  "ts": span.start * 1e6, "dur": (span.end - span.start) * 1e6, "args": shown}
             )  # fmt: skip
         for (action, task_name), live in zip(schedule.issues, schedule.live, strict=True):

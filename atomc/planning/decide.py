@@ -70,7 +70,7 @@ def decide(config: DeepseekV4Config, layout: Layout, target: Target, step: Step)
 def _cost(whole: Schedule, halves: Schedule) -> str:
     """Why the halves gain little: what they hide against what they compute more."""
     hidden = sum(whole.exposed.values()) - sum(halves.exposed.values())
-    busy = [sum(t.seconds for t in s.graph.tasks if t.kind == "compute") for s in (whole, halves)]
+    busy = [sum(t.seconds for t in s.graph.tasks if t.stream == "compute") for s in (whole, halves)]
     return f"{_ms(hidden)} less of exposed communication, {_ms(busy[1] - busy[0])} more of compute (weights read twice)"
 
 

@@ -88,7 +88,7 @@ class Row:
             if decision is not None and decision.chosen.seconds:
                 scale, chosen = seconds / decision.chosen.seconds, decision.chosen
                 for task in chosen.graph.tasks:
-                    spent = task.seconds if task.kind == "compute" else chosen.exposed[task.name]
+                    spent = task.seconds if task.stream == "compute" else chosen.exposed[task.name]
                     found[task.where] += spent * scale  # type: ignore[assignment]
         return found
 

@@ -18,7 +18,7 @@ def test_the_trace_has_every_task_at_its_time() -> None:
     assert bars.keys() == found.spans.keys()
     for task in found.graph.tasks:
         event = bars[task.name]
-        assert event["tid"] == (task.kind == "collective")
+        assert event["tid"] == (task.stream == "collective")
         assert event["ts"] == found.spans[task.name].start * 1e6
         assert event["args"]["micro-batch"] == task.chunk
     assert max(event["args"]["bytes"] for event in events if event["ph"] == "C") == found.peak

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atomc.parallel.tasks import Issue, Kind, Task, TaskError, TaskGraph, simulate
+from atomc.parallel.tasks import Issue, Stream, Task, TaskError, TaskGraph, simulate
 from atomc.passes.overlap import OverlapError, overlap
 from tests.support import schedules
 
@@ -21,12 +21,12 @@ def graphs(draw: Any, most: int = 9) -> TaskGraph:
     """Tasks that read and write a few buffers and some state; half of them collectives; seconds may be zero."""
     tasks = []
     for number in range(draw(st.integers(1, most))):
-        kind: Kind = draw(st.sampled_from(("compute", "collective")))
+        stream: Stream = draw(st.sampled_from(("compute", "collective")))
         names = st.lists(st.sampled_from((*BUFFERS, *STATE)), max_size=3, unique=True)
         told = draw(st.lists(st.integers(0, number - 1), max_size=1)) if number else []
         after = tuple(f"t{i}" for i in told)
         seconds = float(draw(st.integers(0, 5)))
-        tasks.append(Task(f"t{number}", kind, seconds, tuple(draw(names)), tuple(draw(names)), after))
+        tasks.append(Task(f"t{number}", stream, seconds, tuple(draw(names)), tuple(draw(names)), after))
     sizes = {name: draw(st.integers(0, 9)) for name in BUFFERS}
     return TaskGraph(tuple(tasks), sizes, frozenset(draw(st.lists(st.sampled_from(BUFFERS), max_size=2))))
 
@@ -46,7 +46,7 @@ def check(graph: TaskGraph, share: float | None) -> None:
     assert limit is None or found.peak <= limit
     assert found.seconds <= simulate(graph, in_order(graph)).seconds
     assert found.seconds == max(span.end for span in found.spans.values())
-    gaps = sum(task.seconds for task in graph.tasks if task.kind == "compute") + sum(found.exposed.values())
+    gaps = sum(task.seconds for task in graph.tasks if task.stream == "compute") + sum(found.exposed.values())
     assert gaps == found.seconds  # every second the compute stream works or is held up
     assert {why.task for why in found.why} == {name for name, seconds in found.exposed.items() if seconds > 0}
     if limit is None:
@@ -69,7 +69,7 @@ def in_order(graph: TaskGraph) -> list[Issue]:
     """The order given, each collective waited for at once: no overlap at all, and the least memory of this order."""
     found = []
     for task in graph.tasks:
-        actions = ("run",) if task.kind == "compute" else ("start", "wait")
+        actions = ("run",) if task.stream == "compute" else ("start", "wait")
         found += [Issue(action, task.name) for action in actions]
     return found
 
@@ -99,8 +99,8 @@ def tiny(rng: random.Random) -> TaskGraph:
     tasks = []
     for number in range(rng.randint(4, 7)):
         reads = tuple({f"b{rng.randrange(number)}" for _ in range(rng.randint(0, 2))}) if number else ()
-        kind: Kind = "collective" if rng.random() < 1 / 3 else "compute"
-        tasks.append(Task(f"t{number}", kind, float(rng.randint(1, 6)), reads, (f"b{number}",)))
+        stream: Stream = "collective" if rng.random() < 1 / 3 else "compute"
+        tasks.append(Task(f"t{number}", stream, float(rng.randint(1, 6)), reads, (f"b{number}",)))
     return TaskGraph(tuple(tasks))
 
 

@@ -41,8 +41,8 @@ def happens_before(graph: TaskGraph, issues: list[Issue]) -> set[tuple[str, str]
 def faults(graph: TaskGraph, issues: list[Issue]) -> list[str]:
     """What is wrong with a sequence of issues; empty if it is legal."""
     wanted = sorted(
-        [("run", t.name) for t in graph.tasks if t.kind == "compute"]
-        + [(action, t.name) for t in graph.tasks if t.kind == "collective" for action in ("start", "wait")]
+        [("run", t.name) for t in graph.tasks if t.stream == "compute"]
+        + [(action, t.name) for t in graph.tasks if t.stream == "collective" for action in ("start", "wait")]
     )
     if sorted((a, n) for a, n in issues) != wanted:
         return ["a task is missing, doubled or of the wrong kind"]
@@ -95,15 +95,15 @@ def every_order(graph: TaskGraph) -> Iterator[list[Issue]]:
 
     def extend(done: list[str], issues: list[Issue], waited: frozenset[str]) -> Iterator[list[Issue]]:
         if len(done) == len(tasks):
-            yield issues + [Issue("wait", n) for n in done if tasks[n].kind == "collective" and n not in waited]
+            yield issues + [Issue("wait", n) for n in done if tasks[n].stream == "collective" and n not in waited]
             return
         for name, task in tasks.items():
             if name in done or not before[name] <= set(done):
                 continue
-            if task.kind == "collective":
+            if task.stream == "collective":
                 yield from extend([*done, name], [*issues, Issue("start", name)], waited)
             else:
-                waits = [n for n in done if n in before[name] and tasks[n].kind == "collective" and n not in waited]
+                waits = [n for n in done if n in before[name] and tasks[n].stream == "collective" and n not in waited]
                 more = [*issues, *(Issue("wait", n) for n in waits), Issue("run", name)]
                 yield from extend([*done, name], more, waited | set(waits))
 
