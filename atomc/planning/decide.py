@@ -7,7 +7,6 @@ Contract:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -18,9 +17,6 @@ from atomc.planning.step import Step, schedule
 from atomc.targets import Target
 
 MARGIN: Final = 0.02  # of the whole step's time: below it a prediction by a roofline says nothing
-DECODE: Final = (8, 32, 128, 512)
-PREFILL: Final = (1024, 4096, 8192)
-CONTEXT: Final = 8192
 
 
 @dataclass(frozen=True)
@@ -76,12 +72,3 @@ def _cost(whole: Schedule, halves: Schedule) -> str:
 
 def _ms(seconds: float) -> str:
     return f"{seconds * 1e3:.2f} ms"
-
-
-def decisions(
-    config: DeepseekV4Config, layout: Layout, target: Target,
-    decode: Sequence[int] = DECODE, prefill: Sequence[int] = PREFILL, context: int = CONTEXT,
-) -> list[Decision]:  # fmt: skip
-    """Decisions for decode of so many requests a rank, and for prefill of one request of so many tokens."""
-    steps = [Step(n, n, context) for n in decode] + [Step(n, 1, n) for n in prefill]
-    return [decide(config, layout, target, step) for step in steps]

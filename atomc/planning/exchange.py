@@ -5,7 +5,8 @@ plans that are made without capturing a model.
 
 Terms:
     gather  every rank gets the tokens of all and has a slice of every expert (`moe=tp`), or whole experts; sums go back
-    route   tokens go to the ranks that have their experts, once a rank, and come back (`moe=ep` along `dp`)
+    route   tokens go to the ranks that have their experts, once a rank, and come back (prefill of `moe=ep` along `dp`).
+            The host reads how many before they can be sent, so that such a step is captured in no graph: decode gathers
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Iterator
 from atomc.models.deepseek_v4.config import DeepseekV4Config
 from atomc.parallel.layout import Layout
 from atomc.parallel.links import Kind
-from atomc.planning.operators import CODES, PARTIAL, Operator, Part, expert_bytes, experts_read
+from atomc.planning.operators import CODES, PARTIAL, TILE, Operator, Part, expert_bytes, experts_read
 
 
 def message_bytes(config: DeepseekV4Config) -> float:
@@ -25,7 +26,7 @@ def message_bytes(config: DeepseekV4Config) -> float:
 
 def exchange(config: DeepseekV4Config, layout: Layout, part: Part) -> Iterator[Operator]:
     """Operators from the router's choice to the layer's output."""
-    routed = layout.moe == "ep" and layout.dp > 1
+    routed = layout.moe == "ep" and layout.dp > 1 and part.tokens > part.requests
     yield from _routed(config, layout, part) if routed else _gathered(config, layout, part)
     t, d = part.tokens, config.hidden_size
     yield Operator("add_shared", "experts", ("routed", "shared"), {"y_out": t * d * 2}, t * d * (PARTIAL + 4))
@@ -44,11 +45,15 @@ def _experts(config: DeepseekV4Config, layout: Layout, reads: tuple[str, ...], w
     flops = everyone * config.num_experts_per_tok * 6 * d * inner / ranks
     width = inner if layout.moe == "ep" else inner / ranks
     moved = given * d * CODES + pairs * (d * CODES + width * (2 * CODES + 2) + d * 4) + made * d * PARTIAL
-    return Operator("experts", "experts", reads, {write: made * d * PARTIAL}, weights + moved, {"fp8": flops}, 4)
+    rows_each = everyone * config.num_experts_per_tok / config.n_routed_experts  # tiles of an expert end in part of one
+    flops *= 1 + min(TILE, max(16, rows_each)) / 2 / max(rows_each, 1) if rows_each > 1 else 1
+    return Operator(
+        "experts", "experts", reads, {write: made * d * PARTIAL}, weights + moved, {"fp8": flops}, 4, product="experts"
+    )
 
 
 def _gathered(config: DeepseekV4Config, layout: Layout, part: Part) -> Iterator[Operator]:
-    t, d, everyone = part.tokens, config.hidden_size, part.tokens * layout.dp
+    t, d, everyone = part.tokens, config.hidden_size, part.everyone(layout)
     pairs = everyone * config.num_experts_per_tok / (layout.ranks if layout.moe == "ep" else 1)
     reads: tuple[str, ...] = ("x_experts", "chosen")
     if layout.dp > 1:
@@ -74,12 +79,12 @@ def _routed(config: DeepseekV4Config, layout: Layout, part: Part) -> Iterator[Op
     message = message_bytes(config)
     yield Operator("sort", "experts", ("chosen",), {"order": t * k * 4, "counts": dp * 4.0}, t * k * 16, launches=2)
     yield _collective("counts", "all_to_all", "counts", "expected", dp * 4.0, dp * 4.0, dp)
-    yield Operator(
-        "pack", "experts", ("x_experts", "order", "expected"), {"rows": copies * message}, 2 * copies * message
-    )
+    yield Operator("host_sizes", "experts", ("counts", "expected"), {"sizes": 0.0}, dp * 8.0, host=True)
+    packed = {"rows": copies * message}
+    yield Operator("pack", "experts", ("x_experts", "order", "sizes"), packed, 2 * copies * message)
     yield _collective("dispatch", "all_to_all", "rows", "dispatched", copies * message, copies * message, dp)
     pairs = t * dp * k / layout.ranks
-    yield _experts(config, layout, ("dispatched",), "done", (copies, copies, pairs), t * dp)
+    yield _experts(config, layout, ("dispatched",), "done", (copies, copies, pairs), part.everyone(layout))
     size = copies * d * PARTIAL
     yield _collective("combine", "all_to_all", "done", "back", size, size, dp)
     after = "mine" if layout.tp > 1 else "routed"

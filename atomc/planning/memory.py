@@ -7,9 +7,8 @@ from typing import Final
 
 from atomc.models.deepseek_v4.config import DeepseekV4Config
 from atomc.parallel.layout import Layout
-from atomc.passes.overlap import overlap
-from atomc.planning.operators import FP8, INDEX_ROW, ROW, Part, expert_bytes
-from atomc.planning.step import step_graph
+from atomc.planning.operators import FP8, INDEX_ROW, ROW, expert_bytes
+from atomc.planning.step import Step, schedule
 from atomc.targets import Target
 
 USABLE: Final = 0.92  # of a device's memory: the driver, the collectives' library and captured graphs take the rest
@@ -36,8 +35,12 @@ class RankMemory:
 
 def rank_memory(config: DeepseekV4Config, layout: Layout, target: Target, context: int, tokens: int) -> RankMemory:
     """Of requests of `context` tokens and steps of `tokens`."""
-    step = overlap(step_graph(config, layout, target, [Part(tokens, 1, tokens)], layers=[2])).peak
-    return RankMemory(weight_bytes(config, layout), request_bytes(config, context), step, USABLE * target.memory_bytes)
+    step = Step(tokens, 1, tokens)
+    kinds = config.compress_ratios[: config.num_hidden_layers]
+    layers = sorted({kinds.index(ratio) for ratio in kinds})  # one of each, so that each kind of region is there
+    cuts = [step.whole, *([step.halves] if layout.tbo != "off" and step.halves else [])]
+    peak = max(schedule(config, layout, target, parts, layers=layers).peak for parts in cuts)
+    return RankMemory(weight_bytes(config, layout), request_bytes(config, context), peak, USABLE * target.memory_bytes)
 
 
 def weight_bytes(config: DeepseekV4Config, layout: Layout) -> float:

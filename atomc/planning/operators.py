@@ -13,6 +13,7 @@ Terms:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final, Literal
@@ -29,16 +30,21 @@ FP8: Final = 1 + 1 / 128**2
 CODES: Final = 1 + 1 / 128  # of an activation
 ROW, INDEX_ROW = 584, 132  # bytes of a cache row (spec 4.2), and of an index row
 INDEX_SCORE = 4
+TILE: Final = 128  # rows and columns of a product's output that a workgroup makes
 PARTIAL: Final = 4  # bytes of a partial sum: sums over ranks are in float32, as the reference does them
 
 
 @dataclass(frozen=True)
 class Part:
-    """What a rank of `dp` has in a step: tokens, of so many requests, each with `context` tokens when the step ends."""
+    """What a rank of `dp` has in a step: tokens, of so many requests, each with `context` tokens when the step ends.
+
+    `live`: tokens of all `dp` ranks together; None: as many on each of them. Messages are as long on all.
+    """
 
     tokens: float
     requests: float
     context: float
+    live: float | None = None
 
     def rows(self, most: int | None, ratio: int) -> float:
         """Cache rows that a token reads, on average (`atomc.costs.formula`)."""
@@ -49,6 +55,10 @@ class Part:
         """Tokens of context of all requests."""
         return self.requests * self.context
 
+    def everyone(self, layout: Layout) -> float:
+        """Tokens of all ranks of `dp`."""
+        return self.tokens * layout.dp if self.live is None else self.live
+
 
 @dataclass(frozen=True)
 class Operator:
@@ -57,7 +67,9 @@ class Operator:
     Attributes:
         reads: buffers and state. writes: buffer -> bytes; state has none.
         bytes: between it and memory; of a collective, the size that `collective_seconds` takes. flops: by format.
-        ranks: of a collective.
+        ranks: of a collective. product: which of the target's rates its matrix products have (`Product.kind`).
+        tiles: of its products, together; 0 where it has none, or they are cut along K too.
+        host: whether the host waits for its result.
     """
 
     name: str
@@ -69,18 +81,38 @@ class Operator:
     launches: int = 1
     collective: Kind | None = None
     ranks: int = 1
+    product: str = ""
+    tiles: float = 0.0
+    host: bool = False
 
     def seconds(self, target: Target) -> float:
         """By the roofline of `atomc.costs.predict`; of a collective by the links."""
         if self.collective is not None:
             return collective_seconds(self.collective, self.bytes, self.ranks, target.link)
-        sustained = target.sustained
-        compute = sum(
-            count / (target.peaks.vector if kind == "vector" else target.sustained_matrix(kind))
+        least = target.sustained.launch * self.launches
+        return max(self._memory(target), self._compute(target), least) + self.host * target.sustained.host
+
+    def beside(self, target: Target) -> float:
+        """Share of its speed that it keeps while the other stream runs: what is left of units and of memory."""
+        link = target.link
+        if self.collective is not None:
+            return link.kept
+        memory, compute = self._memory(target), self._compute(target)
+        alone = max(memory, compute, target.sustained.launch * self.launches)
+        taken = link.copies * link.rate * link.share / (target.memory_rate * target.sustained.memory)
+        return min(1.0, alone / max(memory / (1 - min(taken, 0.9)), compute / (1 - link.units)))
+
+    def _memory(self, target: Target) -> float:
+        return self.bytes / (target.memory_rate * target.sustained.memory)
+
+    def _compute(self, target: Target) -> float:
+        """Products in whole rounds of tiles over all compute units; fewer tiles than units are cut along K."""
+        units = target.compute_units
+        rounds = max(1.0, math.ceil(self.tiles / units) * units / self.tiles) if self.tiles >= units else 1.0
+        return sum(
+            count / target.peaks.vector if kind == "vector" else rounds * count / target.product_rate(self.product, kind)
             for kind, count in self.flops.items()
         )
-        memory = self.bytes / (target.memory_rate * sustained.memory)
-        return max(memory, compute, sustained.launch * self.launches)
 
 
 class LayerOperators:
@@ -106,9 +138,11 @@ class LayerOperators:
 
     def _add(
         self, name: str, group: Group, reads: tuple[str, ...], writes: Mapping[str, float | None], size: float,
-        flops: Mapping[Format | Literal["vector"], float] | None = None, launches: int = 1,
+        flops: Mapping[Format | Literal["vector"], float] | None = None, launches: int = 1, product: str = "",
+        tiles: float = 0.0,
     ) -> None:  # fmt: skip
-        self.operators.append(Operator(name, group, reads, dict(writes), size, flops or {}, launches))
+        made = Operator(name, group, reads, dict(writes), size, flops or {}, launches, product=product, tiles=tiles)
+        self.operators.append(made)
 
     def _collective(
         self, name: str, kind: Kind, reads: str, writes: str, sizes: tuple[float, float], axis: int
@@ -131,6 +165,8 @@ class LayerOperators:
             {writes: t * n * out},
             t * k * read + k * n * weight + t * n * out,
             {operands: 2 * t * k * n},
+            product="linear" if operands == "fp8" else "",
+            tiles=tiles(t, n),
         )
 
     def _streams(self, to: str, h: str, h_out: str) -> None:
@@ -207,12 +243,15 @@ class LayerOperators:
             {"o": t * width},
             read + t * width * 3,
             {"bf16": 4 * t * seen * width},
+            product="attention",
         )
         into = self.heads * self.dh / self.groups  # columns of a group
         rank = config.o_lora_rank
         flops: Mapping[Format | Literal["vector"], float] = {"fp8": 2 * t * width * rank}
         size = t * width * CODES + self.groups * into * rank * FP8 + t * self.groups * rank * 2
-        self._add("wo_a", "attention", ("o",), {"z": t * self.groups * rank * 2}, size, flops)
+        made = {"z": t * self.groups * rank * 2}
+        many = self.groups * tiles(t, rank)
+        self._add("wo_a", "attention", ("o",), made, size, flops, product="grouped", tiles=many)
         whole = self.layout.tp == 1
         out = "y_attention" if whole else "y_partial"
         self._linear("wo_b", "attention", ("z",), out, self.groups * rank, self.d, FP8, 2 if whole else PARTIAL)
@@ -236,6 +275,11 @@ class LayerOperators:
 
         for operator in exchange(self.config, self.layout, self.part):
             self.operators.append(operator)
+
+
+def tiles(rows: float, columns: float) -> float:
+    """Output tiles of a product."""
+    return math.ceil(rows / TILE) * math.ceil(columns / TILE)
 
 
 def expert_bytes(config: DeepseekV4Config) -> float:

@@ -129,8 +129,8 @@ def _row(config: DeepseekV4Config, layout: Layout, target: Target, workload: Wor
         return Row(layout, 0, memory.at(1))
     mine = -(-fits // layout.dp)  # requests of the fullest rank
     tokens = min(BUDGET, mine * workload.prompt)
-    prefill = decide(config, layout, target, _prefill(tokens, workload.prompt))
-    decode = decide(config, layout, target, Step(mine, mine, workload.prompt + workload.answer // 2))
+    prefill = decide(config, layout, target, _prefill(tokens, workload.prompt, min(fits, layout.dp)))
+    decode = decide(config, layout, target, Step(mine, mine, workload.prompt + workload.answer // 2, live=fits))
     rounds = workload.concurrency / fits
     steps = mine * workload.prompt / tokens
     return Row(
@@ -139,11 +139,11 @@ def _row(config: DeepseekV4Config, layout: Layout, target: Target, workload: Wor
     )  # fmt: skip
 
 
-def _prefill(tokens: int, prompt: int) -> Step:
-    """A step of whole prompts, or the middle part of one that is longer than a step."""
+def _prefill(tokens: int, prompt: int, ranks: int) -> Step:
+    """A step of whole prompts, or the middle part of one that is longer than a step, on so many ranks of `dp`."""
     if tokens >= prompt:
-        return Step(tokens, max(1, tokens // prompt), prompt)
-    return Step(tokens, 1, (prompt + tokens) // 2)
+        return Step(tokens, max(1, tokens // prompt), prompt, tokens * ranks)
+    return Step(tokens, 1, (prompt + tokens) // 2, tokens * ranks)
 
 
 def _explained(row: Row, best: Row, workload: Workload) -> Row:

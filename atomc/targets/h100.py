@@ -14,7 +14,7 @@ Sustained, from one run on one H100 80GB HBM3: copy 3.0 TB/s, bf16 8192^3 730 to
 reached FP8 1,485 TFLOP/s; docs/inspect.md compares predictions at both rates with what was measured.
 """
 
-from atomc.targets.target import KIB, Link, Peaks, Residency, Sustained, Target, TritonBackend
+from atomc.targets.target import KIB, Link, Peaks, Product, Residency, Sustained, Target, TritonBackend
 
 TARGET = Target(
     name="h100",
@@ -43,6 +43,12 @@ TARGET = Target(
         workgroups=32,
         barriers=32,
     ),
-    sustained=Sustained(memory=0.89, matrix=(0.77, 0.62), launch=4.0e-6, origin="measured"),
+    sustained=Sustained(
+        memory=0.89,
+        matrix=(0.77, 0.62),
+        launch=4.0e-6,
+        origin="measured",
+        products=(Product("attention", 0.65, "reported", "FlashMLA: sparse prefill, 640 TFLOP/s on an H800"),),
+    ),
     dependent_launch=True,
 )

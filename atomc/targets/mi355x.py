@@ -11,7 +11,17 @@ least collective, assumed. Sustained: the shares measured on an H100, assumed; n
 device.
 """
 
-from atomc.targets.target import GIB, KIB, Link, Peaks, Residency, Sustained, Target, TritonBackend
+from atomc.targets.target import (
+    GIB,
+    KIB,
+    Link,
+    Peaks,
+    Product,
+    Residency,
+    Sustained,
+    Target,
+    TritonBackend,
+)
 
 TARGET = Target(
     name="mi355x",
@@ -40,5 +50,16 @@ TARGET = Target(
         workgroups=32,
         barriers=16,
     ),
-    sustained=Sustained(memory=0.89, matrix=(0.77, 0.62), launch=4.0e-6, origin="assumed"),
+    sustained=Sustained(
+        memory=0.89,
+        matrix=(0.77, 0.62),
+        launch=4.0e-6,
+        origin="assumed",
+        products=(
+            Product("linear", 0.46, "reported", "AITER tuned tables: 16384x7168x16384 in 128x128 blocks, 2,340 TFLOP/s"),
+            Product("grouped", 0.43, "reported", "AITER tuned tables: batched, scales of 32, 2,177 TFLOP/s"),
+            Product("experts", 0.33, "reported", "AITER dsv4_fp8fp4_tuned_fmoe.csv: 1,546 to 1,688 TFLOP/s at 32,768"),
+            Product("attention", 0.60, "assumed", "as its bf16 products, 1,519 TFLOP/s in AITER's tuned tables"),
+        ),
+    ),
 )
