@@ -1,6 +1,7 @@
 """Shard: the graph of one region as every rank of a mesh runs it, with the collectives that it needs.
 
-Contract: one graph for all ranks; they differ in their parts of the weights alone. On every rank it gives what the
+Contract: one graph for all ranks; they differ in their parts of the weights, and in their index on each axis, which is
+a size of the graph. On every rank it gives what the
 whole graph gives for the rank's own requests, up to the order of sums over ranks. Every value is what the rules of
 `atomc/ops/placement_rules.py` make of it, and a sum that is due is taken where it arises.
 
@@ -11,7 +12,8 @@ whole graph gives for the rank's own requests, up to the order of sums over rank
 Terms:
     own     a rank's part of what belongs to requests: cut along `dp`, whole along `tp`.
     gather  experts on the tokens of all: one message out (input, weights and choices), one sum back. Rows are padded
-            to a number that the ranks agreed on (`P`), so that no size depends on a rank.
+            to a number that the ranks agreed on (`P`), so that no size depends on a rank; a row of padding has no
+            choice (-1), so that no expert sees it.
     route   tokens go to the ranks that have their experts and come back, each once a rank, sorted once.
 Pseudo-code:
     place the placeholders; cut the weights
@@ -25,7 +27,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -33,23 +35,21 @@ import torch
 from torch.fx import GraphModule, Node
 
 from atomc.errors import RecipeError
+from atomc.ops import placement_rules as _rules
 from atomc.ops.placement import PARTIAL, REPLICATE, Mesh, Placement, PlacementError, Shard
 from atomc.parallel.collectives import WAIT, c10d
 from atomc.parallel.propagate import Placed, place_node, sizes_of
 from atomc.passes.fuse import Emitter
-from atomc.passes.graph import PassError, aten, calls, location, quiet, value_of
+from atomc.passes.graph import PassError, aten, location, quiet, value_of
 from atomc.passes.runner import Context, Match, Pass, Report
-from atomc.recipes import Constant
 
 atom = torch.ops.atom
 Hint = Callable[[str, str, str], Placement]
 Form = Literal["gather", "route"]
 F32 = torch.float32
-# Tensors of the input, and of each weight, of the operators that run routed experts.
-EXPERTS: dict[Any, tuple[int, int]] = {
-    atom.moe_experts.default: (1, 1), atom.moe_experts_quant.default: (2, 1), atom.scaled_moe_experts.default: (2, 2),
-}  # fmt: skip
+EXPERTS: dict[Any, tuple[int, int]] = {getattr(atom, name).default: count for name, count in _rules.EXPERTS.items()}
 AGREED = "P"  # rows of a message, at least every rank's tokens
+INDEX = {"dp": "dp_index", "tp": "tp_index"}  # a rank's index on each axis
 
 
 @dataclass(frozen=True)
@@ -134,33 +134,41 @@ class _Sharding:
         with quiet([value]):
             return value.new_empty(shape)
 
-    def constant(self, path: str, values: Iterator[int], like: Node) -> Node:
-        """A new int32 weight of one number a rank."""
-        numbers = tuple(values)
-        last = [n for n in self.gm.graph.nodes if n.op == "placeholder"][-1]
-        with self.gm.graph.inserting_after(last):
-            node = self.gm.graph.placeholder("p_" + path.replace(".", "_"))
-        with quiet([like.meta["val"]]):
-            node.meta["val"] = torch.empty((1,), dtype=torch.int32)
-        self.ctx.weights[node.name] = Constant(numbers, (len(numbers),), "int32")
-        self.ctx.module_paths[node.name] = path
-        for axis in self.options.mesh.names:
-            self.known[axis][node] = Shard(0) if len(numbers) > 1 else REPLICATE
-        return node
-
-    def agreed(self) -> Node:
-        """The number of rows of a message, a size that the ranks agree on before a step."""
-        name = "step_rows"
+    def symbol(self, symbol: str) -> Node:
+        """A size that is given to a rank before a step: what all ranks agreed on, or its index on an axis."""
+        name = {AGREED: "step_rows"}.get(symbol, symbol)
         nodes: list[Node] = [n for n in self.gm.graph.nodes if n.op == "placeholder"]
         if found := next((n for n in nodes if n.name == name), None):
             return found
         with self.gm.graph.inserting_after(nodes[-1]):
             node = self.gm.graph.placeholder(name)
-        node.meta["val"] = _new_size(nodes[0].meta["val"], 29)
-        self.ctx.sizes[name] = AGREED
+        node.meta["val"] = _new_size(nodes[0].meta["val"], 29 + 2 * len(self.ctx.sizes), symbol)
+        self.ctx.sizes[name] = symbol
         for axis in self.options.mesh.names:
-            self.known[axis][node] = REPLICATE
+            self.known[axis][node] = Shard(0) if INDEX[axis] == symbol else REPLICATE
         self.declare(node)
+        return node
+
+    def first(self, axes: tuple[str, ...], each: int) -> Node:
+        """The first of a rank's own numbers, where each rank has `each` of them, in the order of the axes."""
+        found: Any = None
+        for axis in axes:
+            index = self.symbol(INDEX[axis])
+            if found is not None:
+                found = self.number(operator.mul, found, self.options.mesh.size(axis))
+            found = index if found is None else self.number(operator.add, found, index)
+        return self.number(operator.mul, found, each)
+
+    def number(self, target: Callable[..., Any], *args: Any) -> Node:
+        """A size computed of others, after the placeholders."""
+        graph = self.gm.graph
+        inputs = [n for n in graph.nodes if n.op == "placeholder" or (n.op, n.type) == ("call_function", int)]
+        with graph.inserting_after(inputs[-1]):
+            node = graph.call_function(target, args, type_expr=int)
+        node.meta["val"] = target(*(value_of(a) for a in args))
+        for axis in self.options.mesh.names:
+            own = any(self.known[axis][n] != REPLICATE for n in node.all_input_nodes)
+            self.known[axis][node] = Shard(0) if own else REPLICATE
         return node
 
     # -- calls ---------------------------------------------------------------------------------------------------------
@@ -233,11 +241,7 @@ class _Sharding:
         table, ids = node.args[:2]
         assert isinstance(table, Node)
         rows = self.whole[table][0][0]
-        count = self.options.mesh.size("tp")
-        first = self.constant("embed.first_row", iter(range(0, rows, rows // count)), table)
-        for axis in self.options.mesh.names:
-            self.known[axis][first] = Shard(0) if axis == "tp" else REPLICATE
-        self.declare(first)
+        first = self.first(("tp",), rows // self.options.mesh.size("tp"))
         emit = self.emitter(node)
         total = self.reduce(emit, emit(atom.vocabulary_embedding.default, table, ids, first))
         self.replace(node, total, "all_reduce")
@@ -252,14 +256,15 @@ class _Sharding:
         x = [a for a in args[:x_count] if isinstance(a, Node)]
         emit = self.emitter(node)
         local, own = self.local(node, args[x_count])
-        dp = self.options.mesh.size("dp")
-        if dp == 1:
+        if self.options.mesh.size("dp") == 1:
+            form = "all_reduce"
             total = self.reduce(emit, self.run_experts(emit, node, x, args[indices], args[indices + 1], local))
-        elif self.options.moe == "ep" and self.options.form == "route":
+        elif own is not None and self.options.form == "route":
+            form = "all_to_all"
             total = self.route(emit, node, x, args[indices], args[indices + 1], local, own)
         else:
+            form = "all_gather"
             total = self.gather(emit, node, x, args[indices], args[indices + 1], local)
-        form = "all_reduce" if dp == 1 else "all_to_all" if own and self.options.form == "route" else "all_gather"
         self.replace(node, total, form)
 
     def local(self, node: Node, weight: Any) -> tuple[Callable[[Emit, Node], Node], tuple[Node, int, int] | None]:
@@ -271,8 +276,7 @@ class _Sharding:
             return _wide, None
         total = self.whole[weight][0][0]
         per = total // self.options.mesh.ranks
-        first = self.constant("ffn.first_expert", iter(range(0, total, per)), weight)
-        self.declare(first)
+        first = self.first(self.options.mesh.names, per)
         own = first, per, total // self.options.mesh.size("dp")
         return (lambda emit, indices: emit(atom.local_experts.default, indices, first, per)), own
 
@@ -287,15 +291,19 @@ class _Sharding:
         return emit(node.target, *args)
 
     def message(self, emit: Emit, x: list[Node], indices: Any, weights: Any, *rows: Node) -> tuple[Node, Any]:
-        """Input, routing weights and choices as one message, and what takes it apart again."""
-        parts = [*x, weights, emit(aten.to.dtype, indices, torch.int32)]
+        """Input, routing weights and choices as one message, and what takes it apart again.
+
+        Choices are sent plus one: what pads a message is zeros, and comes out as no choice, -1.
+        """
+        parts = [*x, weights, emit(aten.add.Tensor, emit(aten.to.dtype, indices, torch.int32), 1)]
         values = [p.meta["val"] for p in parts]
         widths, dtypes = [math.prod(v.shape[1:]) for v in values], [v.dtype for v in values]
         sent = emit(atom.pack_message.default, parts, *rows)
 
         def unpack(received: Node) -> list[Node]:
             whole = emit(atom.unpack_message.default, received, widths, dtypes)
-            return [emit(operator.getitem, whole, i) for i in range(len(parts))]
+            *values, sent = [emit(operator.getitem, whole, i) for i in range(len(parts))]
+            return [*values, emit(aten.sub.Tensor, sent, 1)]
 
         return sent, unpack
 
@@ -303,7 +311,7 @@ class _Sharding:
         self, emit: Emit, node: Node, x: list[Node], indices: Any, weights: Any, local: Callable[[Emit, Node], Node]
     ) -> Node:
         dp = self.options.mesh.size("dp")
-        sent, unpack = self.message(emit, x, indices, weights, self.agreed())
+        sent, unpack = self.message(emit, x, indices, weights, self.symbol(AGREED))
         *inputs, weights, indices = unpack(emit(WAIT, emit(c10d.all_gather_into_tensor.default, sent, dp, "dp")))
         partial = self.run_experts(emit, node, inputs, indices, weights, local)
         summed = emit(WAIT, emit(c10d.reduce_scatter_tensor.default, partial, "sum", dp, "dp"))
@@ -325,7 +333,7 @@ class _Sharding:
         *inputs, weights, indices = unpack(emit(WAIT, emit(c10d.all_to_all_single.default, rows, receive, send, "dp")))
         done = self.run_experts(emit, node, inputs, indices, weights, local)
         back = emit(WAIT, emit(c10d.all_to_all_single.default, done, send, receive, "dp"))
-        return self.reduce(emit, emit(atom.combine_rows.default, back, order, x[0]))
+        return self.reduce(emit, emit(atom.combine_rows.default, back, order, x[0], send))
 
     # -- ends ----------------------------------------------------------------------------------------------------------
 
@@ -386,20 +394,13 @@ def _wide(emit: Emit, indices: Node) -> Node:
     return indices if indices.meta["val"].dtype == torch.int64 else emit(aten.to.dtype, indices, torch.int64)
 
 
-def _new_size(value: torch.Tensor, size: int) -> torch.SymInt:
+def _new_size(value: torch.Tensor, size: int, name: str) -> torch.SymInt:
     """A symbolic size in the fake mode of a value."""
     from torch._dynamo.source import ConstantSource
     from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
     mode: Any = value.fake_mode  # type: ignore[attr-defined]
     context: StatelessSymbolicContext[Any, Any] = StatelessSymbolicContext([DimDynamic.DYNAMIC])
-    fake = mode.from_tensor(torch.empty(size), symbolic_context=context, source=ConstantSource(AGREED))
+    fake = mode.from_tensor(torch.empty(size), symbolic_context=context, source=ConstantSource(name))
     found: torch.SymInt = fake.shape[0]
     return found
-
-
-def collectives(gm: GraphModule) -> list[Node]:
-    """The nodes that start one, in order."""
-    from atomc.parallel.collectives import is_collective
-
-    return [n for n in calls(gm.graph) if is_collective(n)]

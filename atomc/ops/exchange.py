@@ -37,8 +37,12 @@ def pack_message(parts: Sequence[torch.Tensor], rows: int | None = None) -> torc
         parts: [T, ...] each, of any dtype. rows: of the message, at least T; those after the T-th are zeros.
     Returns:
         [rows, bytes] uint8.
+    Raises:
+        ValueError: there are more than `rows` rows, or parts of different numbers of them.
     """
     count = parts[0].shape[0]
+    if {p.shape[0] for p in parts} != {count} or (rows is not None and rows < count):
+        raise ValueError(f"parts of {[p.shape[0] for p in parts]} rows do not fit into a message of {rows}")
     joined = torch.cat([p.contiguous().flatten().view(U8).view(count, _bytes(p)) for p in parts], dim=1)
     return joined if rows is None else F.pad(joined, (0, 0, 0, rows - count))
 
@@ -69,42 +73,46 @@ def unpack_message(message: torch.Tensor, widths: Sequence[int], dtypes: Sequenc
     fake=lambda x, like: x.new_empty((like.shape[0], *x.shape[1:])),
 )
 def drop_padding(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """The first rows of x [R, ...], as many as `like` [T, ...] has."""
+    """The first rows of x [R, ...], as many as `like` [T, ...] has.
+
+    Raises:
+        ValueError: x has fewer.
+    """
+    if x.shape[0] < like.shape[0]:
+        raise ValueError(f"{x.shape[0]} rows came back for {like.shape[0]} tokens")
     return x[: like.shape[0]].clone()
 
 
 @define(
-    "local_experts(Tensor indices, Tensor first, int experts) -> Tensor",
+    "local_experts(Tensor indices, SymInt first, int experts) -> Tensor",
     tokens="indices",
     spec="2.8, 3.7",
     fake=lambda indices, *_: torch.empty_like(indices, dtype=torch.int64),
 )
-def local_experts(indices: torch.Tensor, first: torch.Tensor, experts: int) -> torch.Tensor:
-    """Numbers of experts [T, k] counted from the rank's own first (`first` [1]); -1 where another rank has them."""
-    own = indices.long() - first.long()
+def local_experts(indices: torch.Tensor, first: int, experts: int) -> torch.Tensor:
+    """Numbers of experts [T, k] counted from the rank's own `first`; -1 where another rank has them, or nobody (-1)."""
+    own = indices.long() - first
     return torch.where((own >= 0) & (own < experts), own, -1)
 
 
-def _sort_fake(
-    indices: torch.Tensor, first: torch.Tensor, ranks: int, experts: int, span: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _sort_fake(indices: torch.Tensor, _first: int, ranks: int, _experts: int, _span: int) -> tuple[torch.Tensor, ...]:
     most = indices.shape[0] * min(ranks, indices.shape[1])
     return indices.new_empty((ranks,), dtype=torch.int64), indices.new_empty((most,), dtype=torch.int64)
 
 
 @define(
-    "sort_by_rank(Tensor indices, Tensor first, int ranks, int experts, int span) -> (Tensor, Tensor)",
+    "sort_by_rank(Tensor indices, SymInt first, int ranks, int experts, int span) -> (Tensor, Tensor)",
     tokens="indices",
     spec="2.8, 3.7",
     fake=_sort_fake,
 )
 def sort_by_rank(
-    indices: torch.Tensor, first: torch.Tensor, ranks: int, experts: int, span: int
+    indices: torch.Tensor, first: int, ranks: int, experts: int, span: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Which tokens go to which of `ranks` ranks along an axis; a token goes once to each that has an expert of its.
 
     Args:
-        indices: [T, k] experts of each token. first: [1] this rank's first expert. experts: that a rank has.
+        indices: [T, k] experts of each token. first: this rank's first expert. experts: that a rank has.
         span: experts of all ranks with one place on the axis. Where it is more than `experts`, the ranks of another
             axis share them, and this rank sends for those experts that stand in the span where its own do.
     Returns:
@@ -112,7 +120,7 @@ def sort_by_rank(
         token, -1 after the last.
     """
     count, k = indices.shape
-    column = int(first) % span // experts
+    column = first % span // experts
     mine = indices.long() % span // experts == column
     to = torch.where(mine, indices.long() // span, ranks)
     wanted = torch.zeros((ranks + 1, count), dtype=torch.bool, device=indices.device)
@@ -145,25 +153,32 @@ def dispatch_rows(message: torch.Tensor, order: torch.Tensor, sizes: Sequence[in
 
 
 @define(
-    "combine_rows(Tensor rows, Tensor order, Tensor like) -> Tensor",
+    "combine_rows(Tensor rows, Tensor order, Tensor like, SymInt[] sizes) -> Tensor",
     tokens="like",
     spec="2.8, 3.7",
-    fake=lambda rows, _order, like: rows.new_empty((like.shape[0], *rows.shape[1:])),
+    fake=lambda rows, _order, like, _sizes: rows.new_empty((like.shape[0], *rows.shape[1:])),
 )
-def combine_rows(rows: torch.Tensor, order: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """The sum [T, D] fp32, in order of rank, of what came back for each token: rows [R, D] fp32, `like` [T, ...]."""
+def combine_rows(rows: torch.Tensor, order: torch.Tensor, like: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+    """The sum [T, D] fp32, in order of rank, of what came back for each token.
+
+    Args:
+        rows: [R, D] fp32, `sizes` of them from each rank. order: of `sort_by_rank`. like: [T, ...].
+    """
     out = rows.new_zeros((like.shape[0], *rows.shape[1:]))
-    return out.index_add_(0, order[: rows.shape[0]], rows)
+    # A rank has a token once, so that each of these adds to a row once: the sums are the same however they are made.
+    for part, tokens in zip(rows.split(list(sizes)), order[: rows.shape[0]].split(list(sizes)), strict=True):
+        out.index_add_(0, tokens, part)
+    return out
 
 
 @define(
-    "vocabulary_embedding(Tensor table, Tensor ids, Tensor first) -> Tensor",
+    "vocabulary_embedding(Tensor table, Tensor ids, SymInt first) -> Tensor",
     tokens="ids",
     spec="2.0, 3.7",
     fake=lambda table, ids, _: table.new_empty((*ids.shape, table.shape[1])),
 )
-def vocabulary_embedding(table: torch.Tensor, ids: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
-    """Rows of a part [V/n, D] of a table, whose first row is row `first` [1] of the whole; 0 for ids it has not."""
-    own = ids.long() - first.long()
+def vocabulary_embedding(table: torch.Tensor, ids: torch.Tensor, first: int) -> torch.Tensor:
+    """Rows of a part [V/n, D] of a table, whose first row is row `first` of the whole; 0 for ids it has not."""
+    own = ids.long() - first
     held = (own >= 0) & (own < table.shape[0])
     return torch.where(held.unsqueeze(-1), F.embedding(torch.where(held, own, 0), table), 0)

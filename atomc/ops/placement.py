@@ -68,12 +68,13 @@ class Shard:
     Attributes:
         parts: the dim is that many equal parts end to end, and each of them is cut (gate rows, then up rows).
         by: what says who holds a row: nothing (its number), `destination` (lying in order of the ranks they go to),
-            `expert` (each where its experts are), `slot` (and its choices are numbers of the rank's own experts).
+            `expert` (each where its experts are), `slot` (and its choices are numbers of the rank's own experts), `own`
+            (picked of whole tokens, for the rank's own experts).
     """
 
     dim: int
     parts: int = 1
-    by: Literal["", "destination", "expert", "slot"] = ""
+    by: Literal["", "destination", "expert", "slot", "own"] = ""
 
     def __str__(self) -> str:
         more = (f", parts={self.parts}" if self.parts > 1 else "") + (f", by {self.by}" if self.by else "")
@@ -82,9 +83,13 @@ class Shard:
 
 @dataclass(frozen=True)
 class Partial:
-    """Every rank holds a tensor of the full shape, and the value is their sum; `mask`: their union, the rest is -1."""
+    """Every rank holds a tensor of the full shape, and the value is their sum.
 
-    reduce: Literal["sum", "mask"] = "sum"
+    `own`: of choices, where each rank knows those of its own experts and has -1 for the rest: what runs experts reads
+    it, and nothing else.
+    """
+
+    reduce: Literal["sum", "own"] = "sum"
 
     def __str__(self) -> str:
         return f"Partial({self.reduce})"
@@ -93,7 +98,7 @@ class Partial:
 Placement = Replicate | Shard | Partial
 REPLICATE: Final = Replicate()
 PARTIAL: Final = Partial()
-MASK: Final = Partial("mask")
+OWN: Final = Partial("own")
 
 
 @dataclass(frozen=True)
@@ -107,7 +112,8 @@ class Operand:
 
 @dataclass(frozen=True)
 class Size:
-    """A number of rows as an argument, by its example; `own`: the rank's own, so that what is made of it is a part."""
+    """A number as an argument, by its example; `own`: the rank's own: of rows, so that what is made of it is a part, or
+    what it has first."""
 
     own: bool
     value: int = 1

@@ -8,7 +8,7 @@ Terms:
     spec    `... k, N k -> ... N`: the dims of each tensor argument, then of each result. An upper-case letter is a
             dim that may be cut, the same way wherever it stands; a lower-case one has to be whole; `+k` is summed
             over, so that cutting it everywhere leaves a Partial. `...` are further dims, as upper-case letters; a
-            dim of size 1 under a letter is repeated.
+            dim of size 1 among them is repeated.
     T       tokens, and with them all that belongs to a rank's own requests: tables, caches, ends of windows.
 """
 
@@ -23,7 +23,7 @@ import torch
 
 from atomc.formats import Layout
 from atomc.ops.placement import (
-    MASK,
+    OWN,
     PARTIAL,
     REPLICATE,
     Call,
@@ -76,6 +76,8 @@ def by_spec(spec: str, linear: bool = False) -> Rule:
     def rule(call: Call) -> tuple[Placement, ...]:
         inputs, outputs = _parse(spec)
         operands = call.operands()
+        if len(operands) > len(inputs) and any(operands[len(inputs) :]):
+            raise PlacementError(f"{len(operands)} tensors where {len(inputs)} are expected ({spec})")
         if linear and operands[0] is not None and operands[0].placement == PARTIAL:
             return _all_whole(operands[1:], len(outputs))
         named = [(o, _letters(dims, len(o.shape))) for o, dims in zip(operands, inputs, strict=False) if o is not None]
@@ -128,7 +130,8 @@ def _agree(named: Sequence[tuple[Operand, list[str]]], letters: set[str]) -> Non
     """Whether all tensors with the letter are cut there; a dim of size 1 is repeated."""
     for operand, dims in named:
         for at, letter in enumerate(dims):
-            if letter in letters and operand.placement == REPLICATE and operand.shape[at] != 1:
+            repeated = letter.startswith("*") and operand.shape[at] == 1
+            if letter in letters and operand.placement == REPLICATE and not repeated:
                 raise PlacementError(
                     f"one input is whole in its dim {at} where another is cut: every rank would take a part of its own"
                 )
@@ -148,6 +151,17 @@ def _first(call: Call) -> Operand:
     return operand
 
 
+def _linear(call: Call) -> tuple[Placement, ...]:
+    """A product with a bias is whole where it sums: of parts, every rank would add the bias."""
+    found = _PRODUCT(call)
+    if found == (PARTIAL,) and len([o for o in call.operands() if o is not None]) > 2:
+        raise PlacementError("a sum that is due has a bias: it would count once a rank")
+    return found
+
+
+_PRODUCT: Final = by_spec("... +k, N +k, N -> ... N")
+
+
 def _dim(dim: int, rank: int) -> int:
     return dim % rank
 
@@ -159,6 +173,8 @@ def _pointwise(call: Call) -> tuple[Placement, ...]:
         return (operands[0].placement,)
     due = [o.placement == PARTIAL for o in operands]
     if any(due):
+        if call.op == "aten.to.dtype" and not (isinstance(call.args[1], torch.dtype) and call.args[1].is_floating_point):
+            raise PlacementError(f"a sum that is due is rounded to {call.args[1]} before it is taken")
         alone = len(operands) == 1 and not (call.op in _SUMS and len(call.args) > 1)
         if (call.op in _SUMS and all(due) and len(due) > 1) or (call.op in _SCALES and alone):
             return (PARTIAL,)
@@ -226,6 +242,8 @@ def _unsqueeze(call: Call) -> tuple[Placement, ...]:
 def _slice(call: Call) -> tuple[Placement, ...]:
     """A part of one dim; of a dim that is cut, the ranks' parts would be others."""
     x = _first(call)
+    if x.placement == OWN:
+        raise PlacementError(f"a slice of a {x.placement}")
     cut = isinstance(x.placement, Shard) and x.placement.dim == _dim(call.args[1], len(x.shape))
     if cut and call.results[0] != x.shape:
         raise PlacementError("a slice of a dim that is cut is another on every rank")
@@ -272,8 +290,8 @@ def _dequantize(call: Call) -> tuple[Placement, ...]:
 def _reduced(call: Call) -> tuple[Placement, ...]:
     """Over the last dim, kept or not."""
     x = _first(call)
-    if isinstance(x.placement, Partial) and call.op == "aten.amax.default":
-        raise PlacementError("the largest of parts of sums is not that of the sums")
+    if x.placement == OWN or (isinstance(x.placement, Partial) and call.op == "aten.amax.default"):
+        raise PlacementError(f"{call.op} of a {x.placement}: of parts it is not that of the whole")
     dims = call.args[1] if isinstance(call.args[1], (list, tuple)) else [call.args[1]]
     if isinstance(x.placement, Shard):
         if x.placement.dim in [_dim(d, len(x.shape)) for d in dims]:
@@ -320,14 +338,14 @@ def _known(arg: Any, known: Mapping[str, Any]) -> Any:
     return tuple(_known(a, known) for a in arg) if isinstance(arg, list) else arg
 
 
-# How many tensors the input of an experts' operator has, and each of its two weights.
-_EXPERTS: Final = {"moe_experts": (1, 1), "moe_experts_quant": (2, 1), "scaled_moe_experts": (2, 2)}
+# The operators that run routed experts: how many tensors the input of each has, and each of its two weights.
+EXPERTS: Final = {"moe_experts": (1, 1), "moe_experts_quant": (2, 1), "scaled_moe_experts": (2, 2)}
 
 
 def _experts(call: Call) -> tuple[Placement, ...]:
     """Tokens of a rank with whole experts; all tokens with a part of each, or of some; dispatched ones with some."""
     given = [o.placement for o in call.operands() if o is not None]
-    x, w = _EXPERTS[call.op.split(".")[1]]
+    x, w = EXPERTS[call.op.split(".")[1]]
     if x == 2:  # a part of an expert rounds what enters its second product in blocks of the part
         layout = str(call.args[x + 2 * w + 4])
         of_w2 = [o for o in call.operands() if o is not None][x + w]
@@ -343,53 +361,58 @@ def _experts(call: Call) -> tuple[Placement, ...]:
     raise PlacementError(f"no way of sharing experts has inputs placed so: {', '.join(map(str, given))}")
 
 
-_ROWS: Final = Shard(0, by="expert")
+_ROWS, _PICKED = Shard(0, by="expert"), Shard(0, by="own")
 # (tokens and their weights, w13, w2, choices) -> result.
 _SHARED: Final[dict[tuple[Placement, ...], Placement]] = {
     (REPLICATE, REPLICATE, REPLICATE, REPLICATE): REPLICATE,
     (Shard(0), REPLICATE, REPLICATE, Shard(0)): Shard(0),
     (REPLICATE, Shard(1, parts=2), Shard(2), REPLICATE): PARTIAL,
-    (REPLICATE, Shard(0), Shard(0), MASK): PARTIAL,
+    (REPLICATE, Shard(0), Shard(0), OWN): PARTIAL,
     (_ROWS, Shard(0), Shard(0), Shard(0, by="slot")): _ROWS,
-    (MASK, Shard(0), Shard(0), MASK): MASK,  # rows of the rank's own experts, sorted out before
+    (_PICKED, Shard(0), Shard(0), Shard(0, by="slot")): _PICKED,
 }
+
+
+def _own_first(call: Call) -> bool:
+    """Whether the number of what a rank has first, the last size among the arguments, differs along the axis."""
+    return any(isinstance(a, Size) and a.own for a in call.args)
 
 
 def _local_experts(call: Call) -> tuple[Placement, ...]:
     """Numbers of experts as the rank's own; of whole tokens each rank then knows its own choices alone."""
-    indices, first = (o.placement for o in call.operands() if o is not None)
-    if first == REPLICATE:
+    indices = _first(call).placement
+    if not _own_first(call):
         return (indices,)
-    if first == Shard(0) and indices in (REPLICATE, MASK):
-        return (MASK,)
-    if first == Shard(0) and indices == Shard(0, by="expert"):
+    if indices in (REPLICATE, OWN):
+        return (OWN,)
+    if indices in (_ROWS, _PICKED):
         return (Shard(0, by="slot"),)
-    raise PlacementError(f"choices that are {indices} are no rank's own experts, cut {first}")
+    raise PlacementError(f"choices that are {indices} are no rank's own experts")
 
 
 def _vocabulary(call: Call) -> tuple[Placement, ...]:
     """Rows of a table that is cut by rows: what a rank has not is zero, so that the sum is due."""
-    table, ids, first = (o.placement for o in call.operands() if o is not None)
-    if table == first == REPLICATE:
+    table, ids = (o.placement for o in call.operands() if o is not None)
+    if table == REPLICATE and not _own_first(call):
         return (ids,)
-    if table == first == Shard(0) and ids == REPLICATE:
+    if table == Shard(0) and _own_first(call) and ids == REPLICATE:
         return (PARTIAL,)
-    raise PlacementError(f"a table {table} from row {first} with ids {ids}")
+    raise PlacementError(f"a table {table} with ids {ids}")
 
 
 def _sorted_rows(call: Call) -> tuple[Placement, ...]:
     """What to send where: rows in order of destination; of whole tokens each rank sorts those for its own experts."""
-    indices, first = (o.placement for o in call.operands() if o is not None)
-    if first != Shard(0) or indices not in (REPLICATE, Shard(0)):
-        raise PlacementError(f"choices that are {indices} cannot be sorted by destination with experts cut {first}")
-    one: Placement = Shard(0, by="destination") if indices == Shard(0) else MASK
+    indices = _first(call).placement
+    if not _own_first(call) or indices not in (REPLICATE, Shard(0)):
+        raise PlacementError(f"choices that are {indices} cannot be sorted by destination")
+    one = Shard(0, by="destination") if indices == Shard(0) else _PICKED
     return (one, one)
 
 
 def _dispatch_rows(call: Call) -> tuple[Placement, ...]:
     """The rows of a message in the order of their destinations."""
     message, order = (o.placement for o in call.operands() if o is not None)
-    if (message, order) in ((Shard(0), Shard(0, by="destination")), (REPLICATE, MASK)):
+    if (message, order) in ((Shard(0), Shard(0, by="destination")), (REPLICATE, _PICKED)):
         return (order,)
     raise PlacementError(f"rows that are {message} in an order that is {order}")
 
@@ -397,7 +420,7 @@ def _dispatch_rows(call: Call) -> tuple[Placement, ...]:
 def _combine_rows(call: Call) -> tuple[Placement, ...]:
     """What came back, summed for each token."""
     rows, order, like = (o.placement for o in call.operands() if o is not None)
-    if rows == order == MASK and like == REPLICATE:
+    if rows == order == _PICKED and like == REPLICATE:
         return (PARTIAL,)
     if rows == order == Shard(0, by="destination") and like == Shard(0):
         return (like,)
@@ -419,7 +442,6 @@ _QUERIES = "T H d"
 _HC_PRE = "r k, r, s"
 _WHERE = "T, T, T"
 _SPECS: Final[dict[str, str]] = {
-    "aten.linear.default": "... +k, N +k -> ... N",
     "atom.linear_fp32.default": "... +k, N +k -> ... N",
     "atom.scaled_linear.default": "... +K, ... +K, N +K, N +K -> ... N",
     "aten.bmm.default": "B M +k, B +k N -> B M N",
@@ -468,6 +490,7 @@ _SPECS: Final[dict[str, str]] = {
 RULES: Final[dict[str, Rule]] = {
     **{op: by_spec(spec) for op, spec in _SPECS.items()},
     **dict.fromkeys((*ELEMENTWISE, "aten.softplus.default"), _pointwise),
+    "aten.linear.default": _linear,
     "atom.pointwise.default": _pointwise_program,
     "atom.quantize.default": _quantize,
     **dict.fromkeys(("aten.reshape.default", "aten.view.default"), _reshape),
@@ -481,7 +504,7 @@ RULES: Final[dict[str, Rule]] = {
     **dict.fromkeys(REDUCTIONS, _reduced),
     **dict.fromkeys(CREATIONS, _made),
     "aten.eye.default": lambda _: (REPLICATE,),
-    **{f"atom.{op}.default": _experts for op in _EXPERTS},
+    **{f"atom.{op}.default": _experts for op in EXPERTS},
     "atom.local_experts.default": _local_experts,
     "atom.vocabulary_embedding.default": _vocabulary,
     "atom.sort_by_rank.default": _sorted_rows,

@@ -43,7 +43,7 @@ def placed(kind: Kind, x: Placement, along: bool) -> Placement:
     """
     if not along:
         moves = kind in ("all_gather", "reduce_scatter", "all_to_all")
-        if isinstance(x, Shard) and x.dim == 0 and moves:
+        if isinstance(x, Shard) and x.dim == 0 and x.by != "own" and moves:
             raise PlacementError(f"an {kind} moves rows that another axis cuts ({x})")
         return x
     found = _ALONG[kind].get(x)

@@ -24,7 +24,7 @@ from atomc.ops import Batch
 from atomc.parallel.layout import Layout, parse_layout
 from atomc.passes import pipelines
 from atomc.passes.runner import Context, Pass, run_pipeline
-from atomc.passes.shard import Form, ShardGraph
+from atomc.passes.shard import AGREED, INDEX, Form, ShardGraph
 from atomc.recipes import Load, Recipe, TensorSpec, evaluate, instantiate, output_spec
 from atomc.targets import get_target
 from tests.support.eager import randomise
@@ -99,6 +99,12 @@ class Compiled:
             found[placeholder] = evaluate(part, load)
         return found
 
+    def sizes(self, ctx: Context, rows: int, rank: int) -> dict[str, int]:
+        """The sizes that are given to a rank, by placeholder."""
+        mesh = self.layout.mesh
+        index = dict(zip((INDEX[a] for a in mesh.names), mesh.coordinate(rank), strict=True))
+        return {placeholder: {AGREED: rows, **index}[symbol] for placeholder, symbol in ctx.sizes.items()}
+
     def step(self, batches: list[Batch], states: list[list[AttentionState]], rows: int) -> list[Tensor]:
         """Logits on every rank."""
         regions = {r.name: r for r in self.program.regions}
@@ -108,7 +114,7 @@ class Compiled:
             region, ctx = regions[call.region], self.contexts[call.region]
             given: list[dict[str, Any]] = []
             for rank in ranks:
-                mine: dict[str, Any] = dict.fromkeys(ctx.sizes, rows) | self.of_rank(call.region, call.prefix, rank)
+                mine: dict[str, Any] = self.sizes(ctx, rows, rank) | self.of_rank(call.region, call.prefix, rank)
                 for i in region.inputs:
                     if i.role == "batch":
                         mine[i.placeholder] = getattr(batches[rank], i.name)
