@@ -7,7 +7,8 @@ Contract:
     the same state, in this order, and `order_edges` finds the edges from the first half's writes to the second's reads
     and from its reads to the second's writes, which no later schedule may cross. With batches that
     `atomc.ops.batch.split_batch` made of one, and values cut at the same token, the halves compute what the whole did.
-    A graph that cannot be cut so is an error that names the node: it reduces over tokens, or draws random numbers.
+    A half may have no tokens. A graph that cannot be cut so is an error that names the node: it does not treat tokens
+    one by one (`passes.row_wise`), or draws random numbers.
 
 Terms:
     token symbol   a size of the step: tokens, requests, completed windows, wanted logits
@@ -22,9 +23,7 @@ Pseudo-code:
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, ClassVar, Final
 
 import torch
@@ -32,8 +31,11 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils import _pytree as pytree
 
+from atomc.ops.placement import PlacementError
 from atomc.passes.graph import PassError, calls, location, op_name, quiet, resources_written, value_of
+from atomc.passes.row_wise import RowWise, free_symbols
 from atomc.passes.runner import Chunked, Context, Match, Pass, Report
+from atomc.passes.shard import AGREED
 
 HALVES: Final = ("_0", "_1")
 
@@ -57,7 +59,7 @@ class Chunk(Pass):
     def tokens(self, graph: Graph, ctx: Context) -> frozenset[str]:
         """All token symbols: those given, sizes that ranks agree on before a step, and sizes that operators make."""
         inputs = [node for node in graph.nodes if node.op == "placeholder"]
-        agreed = set().union(*(free_symbols(n.meta.get("val")) for n in inputs if n.name in ctx.sizes))
+        agreed = set().union(*(free_symbols(n.meta.get("val")) for n in inputs if ctx.sizes.get(n.name) == AGREED))
         known = set().union(*(free_symbols(n.meta.get("val")) for n in inputs))
         made = set().union(*(free_symbols(n.meta.get("val")) for n in calls(graph))) - known
         return self.symbols | agreed | made
@@ -72,6 +74,7 @@ class _Owned:
     def find(self) -> set[Node]:
         """Raises `PassError`: nothing has a token symbol; or a node cannot be cut in two."""
         owned: set[Node] = set()
+        rows = RowWise(self.tokens, self.ctx.states)
         for node in self.graph.nodes:
             if node.op == "placeholder" and self._has_tokens(node):
                 if node.name in self.ctx.weights or node.name in self.ctx.states:
@@ -79,7 +82,13 @@ class _Owned:
                 owned.add(node)
             elif node.op == "call_function" and (set(node.all_input_nodes) & owned or self._has_tokens(node)):
                 owned.add(node)
-                self._check_rows(node)
+                if "state" in resources_written(node):
+                    raise self._error(f"{node.name} ({location(node)}): random numbers would be drawn once more")
+            try:
+                _ = node.op == "output" or rows.add(node)
+            except PlacementError as error:
+                what = f"{node.name} = {op_name(node.target)} ({location(node)})"
+                raise self._error(f"{what} does not treat tokens one by one: {error}") from error
         if not owned:
             raise self._error(f"no input has a size of {', '.join(sorted(self.tokens)) or 'nothing'}")
         self._check_effects(owned)
@@ -91,44 +100,13 @@ class _Owned:
     def _has_tokens(self, node: Node) -> bool:
         return bool(free_symbols(node.meta.get("val")) & self.tokens)
 
-    def _check_rows(self, node: Node) -> None:
-        leaves = [v for v in pytree.tree_leaves(node.meta.get("val")) if isinstance(v, torch.Tensor)]
-        if leaves and not self._has_tokens(node) and node.name not in self._counts:
-            what = f"{node.name} = {op_name(node.target)} ({location(node)})"
-            raise self._error(f"{what} has no size of the step any more: it joins all tokens")
-
-    @cached_property
-    def _counts(self) -> set[str]:
-        """Operators whose results only say how many rows go where: each half has counts of its own."""
-        found: set[Node] = set()
-        for node in reversed(list(calls(self.graph))):
-            users = set(node.users)
-            if node.target is torch.ops.atom.host_sizes.default or (users and users <= found):
-                found.add(node)
-            elif node.target is torch.ops.atom.sort_by_rank.default:
-                found |= {node, *(user for user in users if user.target is operator.getitem)}
-        return {node.name for node in found}
-
     def _check_effects(self, owned: set[Node]) -> None:
-        written = set().union(*(resources_written(node) for node in owned))
         for node in calls(self.graph):
             if node not in owned and resources_written(node):
                 raise self._error(f"{node.name} ({location(node)}) writes, for neither half")
-        if "state" in written:
-            raise self._error("random numbers would be drawn twice")
         output = next(node for node in self.graph.nodes if node.op == "output")
         if whole := [node for node in output.all_input_nodes if node not in owned]:
             raise self._error(f"result {whole[0].name} depends on no token")
-
-
-def free_symbols(value: Any) -> set[str]:
-    """Names of the symbols in the sizes of a value's tensors, and of sizes themselves."""
-    found: set[str] = set()
-    for leaf in pytree.tree_leaves(value):
-        for size in leaf.shape if isinstance(leaf, torch.Tensor) else (leaf,):
-            if isinstance(size, torch.SymInt):
-                found |= {str(symbol) for symbol in size.node.expr.free_symbols}
-    return found
 
 
 class _Copier:
@@ -139,24 +117,28 @@ class _Copier:
     """
 
     def __init__(self, gm: GraphModule, owned: set[Node], tokens: frozenset[str]) -> None:
-        self.gm, self.owned, self.tokens = gm, owned, tokens
+        self.gm, self.owned = gm, owned
         self.graph = Graph()
         self.copies: tuple[dict[Node, Node], dict[Node, Node]] = {}, {}
         self.inputs: dict[str, tuple[str, str]] = {}
         self.results = 0
-        self.symbols: dict[str, str] = {}
-        self._sizes: dict[Any, Any] = {}  # symbol -> the second half's, as sympy
+        self.twins = _Twins(tokens)
+
+    @property
+    def symbols(self) -> dict[str, str]:
+        return self.twins.symbols
 
     def run(self) -> Graph:
         nodes = list(self.gm.graph.nodes)
-        for node in nodes:
-            if node.op == "output":
-                continue
-            for half in (0, 1) if node.op == "placeholder" and node in self.owned else (0,):
-                self._copy(node, half)
-        for node in nodes:
-            if node.op == "call_function" and node in self.owned:
-                self._copy(node, 1)
+        with quiet([n.meta.get("val") for n in nodes]), torch.no_grad():
+            for node in nodes:
+                if node.op == "output":
+                    continue
+                for half in (0, 1) if node.op == "placeholder" and node in self.owned else (0,):
+                    self._copy(node, half)
+            for node in nodes:
+                if node.op == "call_function" and node in self.owned:
+                    self._copy(node, 1)
         output = nodes[-1]
         leaves = [pytree.tree_leaves(self._argument(output.args[0], half)) for half in (0, 1)]
         self.results = len(leaves[0])
@@ -173,44 +155,52 @@ class _Copier:
         target = name if node.op == "placeholder" else node.target
         made = self.graph.create_node(node.op, target, args, kwargs, name, node.type)
         made.meta = dict(node.meta)
-        if half:
-            made.meta["val"] = self._value(node, made)
-        self.copies[half][node] = made
-        if node.op == "placeholder" and node in self.owned and half:
+        if node in self.owned:
+            made.meta["half"] = half
+        if half and node.op == "placeholder":
+            made.meta["val"] = self.twins.input(node.meta["val"])
             self.inputs[node.name] = self.copies[0][node].name, made.name
+        elif half:
+            function: Any = made.target
+            made.meta["val"] = function(*map(value_of, args), **{k: value_of(v) for k, v in kwargs.items()})
+        self.copies[half][node] = made
 
-    def _value(self, node: Node, made: Node) -> Any:
-        """The fake value of the second half's copy."""
-        values = [n.meta.get("val") for n in self.gm.graph.nodes]
-        with quiet(values), torch.no_grad():
-            if node.op == "placeholder":
-                return self._input(node.meta["val"])
-            target: Any = made.target
-            return target(*map(value_of, made.args), **{k: value_of(v) for k, v in made.kwargs.items()})
 
-    def _input(self, value: torch.Tensor | torch.SymInt) -> Any:
+class _Twins:
+    """Fake inputs of the second half: as the first's, with symbols of their own.
+
+    Attributes:
+        symbols: name of a symbol -> that of the second half.
+    """
+
+    def __init__(self, tokens: frozenset[str]) -> None:
+        self.tokens = tokens
+        self.symbols: dict[str, str] = {}
+        self._made: dict[Any, Any] = {}  # as sympy
+
+    def input(self, value: torch.Tensor | torch.SymInt) -> Any:
+        """The twin of an input."""
         if isinstance(value, torch.SymInt):
             return self._size(value)
-        sizes = [self._size(size) for size in value.shape]
-        return torch.empty(sizes, dtype=value.dtype, device=value.device)
+        return torch.empty([self._size(size) for size in value.shape], dtype=value.dtype, device=value.device)
 
     def _size(self, size: int | torch.SymInt) -> int | torch.SymInt:
-        """A size of the second half: its expression with the second half's symbols."""
+        """Its expression with the second half's symbols."""
         if not isinstance(size, torch.SymInt):
             return size
         env: ShapeEnv = size.node.shape_env
         for symbol in sorted(size.node.expr.free_symbols, key=str):
-            if str(symbol) in self.tokens and symbol not in self._sizes:
-                self._sizes[symbol] = made = self._symbol(env, symbol)
+            if str(symbol) in self.tokens and symbol not in self._made:
+                self._made[symbol] = made = _symbol(env, symbol)
                 self.symbols[str(symbol)] = str(made)
-        expr = size.node.expr.xreplace(self._sizes)
-        return env.create_symintnode(expr, hint=None)
+        return env.create_symintnode(size.node.expr.xreplace(self._made), hint=None)
 
-    def _symbol(self, env: ShapeEnv, symbol: Any) -> Any:
-        """A new symbol with the range of another, and a size as example that differs from it."""
-        from torch._dynamo.source import ConstantSource
 
-        example = int(env.backed_var_to_val[symbol]) + 1
-        made = env.create_symbol(example, ConstantSource(f"{symbol}_1"), DimDynamic.DYNAMIC)
-        env.var_to_range[made] = env.var_to_range[symbol]
-        return made
+def _symbol(env: ShapeEnv, symbol: Any) -> Any:
+    """A new symbol with the range of another, and a size as example that differs from it."""
+    from torch._dynamo.source import ConstantSource
+
+    example = int(env.backed_var_to_val[symbol]) + 1
+    made = env.create_symbol(example, ConstantSource(f"{symbol}_1"), DimDynamic.DYNAMIC)
+    env.var_to_range[made] = env.var_to_range[symbol]
+    return made

@@ -5,8 +5,9 @@ Contract:
     reads and overwrites, state included, and by what it is told. A collective starts as soon as all that it needs has
     been issued; its wait stands right before the first task that needs it. The peak of live buffers stays within the
     limit. A collective that the graph leaves open is started here and waited for by what comes after; one that is
-    pending was started before. Equal graphs give equal schedules. What is not hidden has a reason (`WhyNoOverlap`), and a caller that
-    requires overlap gets an error with the reasons where there is none, never a schedule that silently has none.
+    pending was started before. Equal graphs give equal schedules. What is not hidden has a reason (`WhyNoOverlap`), and
+    a caller that requires overlap gets an error with the reasons where there is none, never a schedule that silently
+    has none.
 
 Terms:
     priority   of a task: seconds of the longest chain of dependent tasks from its start to the end (the critical path),
@@ -37,9 +38,9 @@ import networkx as nx
 from atomc.parallel.tasks import (
     Action,
     Issue,
-    Stream,
     Memory,
     Schedule,
+    Stream,
     Task,
     TaskGraph,
     WhyNoOverlap,

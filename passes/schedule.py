@@ -25,7 +25,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from atomc.parallel.collectives import WAIT, is_collective
-from atomc.parallel.tasks import Stream, Schedule, Task, TaskGraph
+from atomc.parallel.tasks import Schedule, Stream, Task, TaskGraph
 from atomc.passes.graph import PassError, base_of, calls, location, op_name, order_edges
 from atomc.passes.overlap import overlap
 from atomc.passes.runner import Context, Match, Pass, Refusal, Report
@@ -79,7 +79,13 @@ def task_graph(graph: Graph, seconds: Seconds, sizes: Mapping[str, int]) -> Task
         stream: Stream = "collective" if is_collective(node) else "compute"
         tasks.append(
             Task(
-                node.name, stream, seconds(node), tuple(sorted(reads)), writes, tuple(sorted(after)), where=location(node)
+                node.name,
+                stream,
+                seconds(node),
+                tuple(sorted(reads)),
+                writes,
+                tuple(sorted(after)),
+                where=location(node),
             )
         )
     output = next(node for node in graph.nodes if node.op == "output")

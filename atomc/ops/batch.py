@@ -53,30 +53,49 @@ class BatchHalves(NamedTuple):
     logit_rows: torch.Tensor
 
 
-def middle(query_start: torch.Tensor, *, by_requests: bool) -> int | None:
-    """The token at which a step is cut in two, None where it has only one token, or request.
+def has_halves(most: int) -> bool:
+    """Whether a step is cut in two, on every rank or on none.
+
+    Args:
+        most: tokens (where it is cut between requests: requests with tokens) of the rank that has most of them. It is
+            reduced over the ranks with the step's other metadata, so that all decide alike: what a rank has itself must
+            not decide. Ranks with fewer have an empty half, or two.
+    """
+    return most > 1
+
+
+def half_rows(most: int) -> tuple[int, int]:
+    """Rows of each half's messages, the same on all ranks: those of the rank with most tokens, cut at their middle."""
+    return (most + 1) // 2, most // 2
+
+
+def middle(query_start: torch.Tensor, *, by_requests: bool) -> int:
+    """The token at which a rank's step is cut in two; all of it is the first half where it has one token, or request.
 
     Args:
         query_start: [B + 1], as in `Batch`.
-        by_requests: cut between requests (decode); else at the exact middle of the tokens (prefill, mixed).
+        by_requests: cut between requests (decode), those without tokens not counted; else at the exact middle of the
+            tokens (prefill, mixed).
     """
-    tokens, requests = int(query_start[-1]), query_start.shape[0] - 1
-    cut = int(query_start[(requests + 1) // 2]) if by_requests else (tokens + 1) // 2
-    return cut if 0 < cut < tokens else None
+    if not by_requests:
+        return (int(query_start[-1]) + 1) // 2
+    ends = query_start[1:][query_start[1:] > query_start[:-1]]
+    return int(ends[(ends.shape[0] + 1) // 2 - 1]) if ends.shape[0] else 0
 
 
 def split_batch(batch: Batch, cut: int) -> BatchHalves:
     """The first `cut` tokens of a step and the rest, each as a step of its own; tensors are new or views.
 
     A request that straddles the cut is in both: the second half finds in the caches what the first put there, as the
-    next chunk of a chunked prefill does. A half that has no wanted logits asks for those of its last token.
+    next chunk of a chunked prefill does. A half that has tokens and no wanted logits asks for those of its last token.
+    A half may have no tokens.
 
     Raises:
-        ValueError: the cut leaves a half without tokens.
+        ValueError: the step has no token `cut`.
     """
     tokens = batch.ids.shape[0]
-    if not 0 < cut < tokens:
-        raise ValueError(f"a step of {tokens} tokens has no two halves when it is cut at token {cut}.")
+    if not 0 <= cut <= tokens:
+        raise ValueError(f"a step of {tokens} tokens cannot be cut at token {cut}.")
     starts, ends = batch.query_start[:-1], batch.query_start[1:]
     in_first, in_second = int((starts < cut).sum()), int((ends <= cut).sum())
     wanted = batch.logit_rows < cut
@@ -85,7 +104,8 @@ def split_batch(batch: Batch, cut: int) -> BatchHalves:
     for half, mine in enumerate((wanted, ~wanted)):
         chosen = batch.logit_rows[mine] - half * cut
         row[mine] = torch.arange(chosen.shape[0], device=row.device) + (rows[0].shape[0] if half else 0)
-        last = batch.logit_rows.new_tensor([(tokens - cut if half else cut) - 1])
+        count = tokens - cut if half else cut
+        last = batch.logit_rows.new_tensor([count - 1] if count else [])
         rows.append(chosen if chosen.shape[0] else last)
     first = _part(batch, slice(0, cut), slice(0, in_first), rows[0])
     second = _part(batch, slice(cut, tokens), slice(in_second, starts.shape[0]), rows[1])

@@ -173,7 +173,9 @@ def _pointwise(call: Call) -> tuple[Placement, ...]:
         return (operands[0].placement,)
     due = [o.placement == PARTIAL for o in operands]
     if any(due):
-        if call.op == "aten.to.dtype" and not (isinstance(call.args[1], torch.dtype) and call.args[1].is_floating_point):
+        if call.op == "aten.to.dtype" and not (
+            isinstance(call.args[1], torch.dtype) and call.args[1].is_floating_point
+        ):
             raise PlacementError(f"a sum that is due is rounded to {call.args[1]} before it is taken")
         alone = len(operands) == 1 and not (call.op in _SUMS and len(call.args) > 1)
         if (call.op in _SUMS and all(due) and len(due) > 1) or (call.op in _SCALES and alone):

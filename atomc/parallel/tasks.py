@@ -7,7 +7,7 @@ Contract:
     over. That is what the functional collectives of torch.distributed do, eager or captured in a graph. While both
     streams run, each task does `beside` of its work in a second: a collective takes compute units and memory bandwidth.
     A compute task that the host waits for (sizes that it reads) needs no rule of its own: it stands on the compute
-    stream, so that nothing issued later runs before it is over; that the host then has to start again is in its seconds.
+    stream, so that nothing issued later runs before it is over; what the host takes to start again is in its seconds.
 
 Terms:
     buffer    memory of the step, by name, with its bytes; a name without bytes is state, which lives outside the step

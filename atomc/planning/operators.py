@@ -110,7 +110,9 @@ class Operator:
         units = target.compute_units
         rounds = max(1.0, math.ceil(self.tiles / units) * units / self.tiles) if self.tiles >= units else 1.0
         return sum(
-            count / target.peaks.vector if kind == "vector" else rounds * count / target.product_rate(self.product, kind)
+            count / target.peaks.vector
+            if kind == "vector"
+            else rounds * count / target.product_rate(self.product, kind)
             for kind, count in self.flops.items()
         )
 

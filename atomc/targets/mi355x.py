@@ -56,7 +56,9 @@ TARGET = Target(
         launch=4.0e-6,
         origin="assumed",
         products=(
-            Product("linear", 0.46, "reported", "AITER tuned tables: 16384x7168x16384 in 128x128 blocks, 2,340 TFLOP/s"),
+            Product(
+                "linear", 0.46, "reported", "AITER tuned tables: 16384x7168x16384 in 128x128 blocks, 2,340 TFLOP/s"
+            ),
             Product("grouped", 0.43, "reported", "AITER tuned tables: batched, scales of 32, 2,177 TFLOP/s"),
             Product("experts", 0.33, "reported", "AITER dsv4_fp8fp4_tuned_fmoe.csv: 1,546 to 1,688 TFLOP/s at 32,768"),
             Product("attention", 0.60, "assumed", "as its bf16 products, 1,519 TFLOP/s in AITER's tuned tables"),

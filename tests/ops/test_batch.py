@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from atomc.ops import Batch
-from atomc.ops.batch import middle, split_batch
+from atomc.ops.batch import half_rows, has_halves, middle, split_batch
 
 RATIOS = (4, 32)
 
@@ -74,11 +74,41 @@ def test_the_middle() -> None:
     assert middle(batch.query_start, by_requests=False) == 8192  # of 16384, in the second request
     assert middle(batch.query_start, by_requests=True) == 7003 + 6928
     one = batch_of([(0, 4, 1)], [0])
-    assert middle(one.query_start, by_requests=False) is None
-    assert middle(batch_of([(0, 0, 9)], [0]).query_start, by_requests=True) is None
+    assert middle(one.query_start, by_requests=False) == middle(one.query_start, by_requests=True) == 1
+    assert middle(batch_of([(0, 0, 9)], [0]).query_start, by_requests=True) == 9
+    assert middle(torch.tensor([0]), by_requests=False) == middle(torch.tensor([0]), by_requests=True) == 0
 
 
-@pytest.mark.parametrize("cut", [0, 6, -1])
-def test_a_cut_that_leaves_a_half_empty_is_refused(cut: int) -> None:
-    with pytest.raises(ValueError, match="no two halves"):
+@pytest.mark.parametrize(
+    ("starts", "cut"), [([0, 0, 0, 1, 2], 1), ([0, 1, 2, 2, 2], 1), ([0, 0, 1, 1, 2, 3], 2), ([0, 0, 0], 0)]
+)
+def test_requests_without_tokens_do_not_move_the_middle(starts: list[int], cut: int) -> None:
+    assert middle(torch.tensor(starts), by_requests=True) == cut
+
+
+@given(st.lists(st.integers(0, 20), min_size=1, max_size=6))
+def test_ranks_agree_on_halves_that_hold_what_each_has(loads: list[int]) -> None:
+    """By the fullest rank alone: a rank of one token or none takes part, and no half is longer than its messages."""
+    most = max(loads)
+    assert has_halves(most) == (most >= 2)
+    for tokens in loads:
+        cut = middle(torch.tensor([0, tokens]), by_requests=False)
+        assert cut <= half_rows(most)[0]
+        assert tokens - cut <= half_rows(most)[1] or not has_halves(most)
+
+
+def test_a_half_may_be_empty() -> None:
+    batch = batch_of([(0, 4, 3)], [2])
+    for cut, empty in ((0, 0), (3, 1)):
+        halves = split_batch(batch, cut)
+        part, other = (halves.first, halves.second)[empty], (halves.first, halves.second)[1 - empty]
+        assert (part.ids.shape[0], part.slots.shape[0], part.logit_rows.shape[0]) == (0, 0, 0)
+        assert part.query_start.tolist() == [0]
+        assert all(torch.equal(a, b) for a, b in zip(other, batch, strict=True))
+        assert halves.logit_rows.tolist() == [0]
+
+
+@pytest.mark.parametrize("cut", [7, -1])
+def test_a_cut_outside_of_the_step_is_refused(cut: int) -> None:
+    with pytest.raises(ValueError, match=f"cannot be cut at token {cut}"):
         split_batch(batch_of([(0, 0, 3), (1, 0, 3)], [5]), cut)

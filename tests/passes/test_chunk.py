@@ -17,8 +17,9 @@ import atomc.ops  # noqa: F401  # registers the operators
 from atomc.ops import Batch
 from atomc.ops.batch import middle, split_batch
 from atomc.passes.canonicalize import Canonicalize
-from atomc.passes.chunk import Chunk, free_symbols
+from atomc.passes.chunk import Chunk
 from atomc.passes.graph import PassError, mutated_args, order_edges
+from atomc.passes.row_wise import free_symbols
 from atomc.passes.runner import Context, run_pipeline
 from atomc.recipes import Load
 from tests.support.eager import Caches, Piece, make_batch, new_caches
@@ -150,8 +151,8 @@ def test_decode_is_cut_between_requests(nano: Cuts, lengths: tuple[int, ...]) ->
     caches, ids = started(nano)
     batch = step(nano, caches, ids, lengths)
     cut = middle(batch.query_start, by_requests=True)
-    assert cut is not None
     assert cut in batch.query_start
+    assert 0 < cut < batch.ids.shape[0]
     assert all(same for _, _, same in compare(nano, batch, [cut], caches, RowByRow()))
 
 
@@ -240,7 +241,7 @@ def test_the_wrong_order_would_show(nano: Cuts) -> None:
 
 
 def graph_of(function: Any, *arguments: Tensor) -> tuple[GraphModule, frozenset[str]]:
-    gm = make_fx(function, tracing_mode="symbolic")(*arguments)
+    gm = make_fx(function, tracing_mode="symbolic", pre_dispatch=True)(*arguments)
     first = next(iter(gm.graph.nodes))
     return gm, frozenset({str(first.meta["val"].shape[0])})
 
@@ -253,15 +254,15 @@ def refused(function: Any, *arguments: Tensor) -> str:
 
 
 def test_a_graph_before_and_after() -> None:
-    gm, symbols = graph_of(lambda x, w: (x @ w).relu(), torch.ones(5, 4), torch.ones(4, 4))
+    gm, symbols = graph_of(lambda x, w: torch.ops.aten.linear(x, w).relu(), torch.ones(5, 4), torch.ones(4, 4))
     ctx = Context("layer")
     run_pipeline((Canonicalize(), Chunk(symbols)), gm, ctx)
     lines = [line.strip().split("; ")[0] for line in gm.code.splitlines() if " = " in line or "return" in line]
     assert lines == [
-        "mm_0 = torch.ops.aten.mm.default(x_1_0, w_1)",
-        "relu_0 = torch.ops.aten.relu.default(mm_0)",
-        "mm_1 = torch.ops.aten.mm.default(x_1_1, w_1)",
-        "relu_1 = torch.ops.aten.relu.default(mm_1)",
+        "linear_0 = torch.ops.aten.linear.default(x_1_0, w_1)",
+        "relu_0 = torch.ops.aten.relu.default(linear_0)",
+        "linear_1 = torch.ops.aten.linear.default(x_1_1, w_1)",
+        "relu_1 = torch.ops.aten.relu.default(linear_1)",
         "return (relu_0, relu_1)",
     ]
     assert ctx.chunked is not None
@@ -269,12 +270,45 @@ def test_a_graph_before_and_after() -> None:
     assert ctx.chunked.results == 1
 
 
-def test_what_joins_all_tokens_is_refused() -> None:
-    assert "joins all tokens" in refused(lambda x: x - x.sum(0), torch.ones(5, 4))
+def linear(x: Any, w: Any) -> Any:
+    return torch.ops.aten.linear.default(x, w)
+
+
+JOINS = {
+    "a sum over tokens": lambda x: x - x.sum(0),
+    "a running sum": lambda x: x.cumsum(0),
+    "a softmax over tokens": lambda x: x.softmax(0),
+    "tokens in reverse": lambda x: x.flip(0),
+    "tokens moved by one": lambda x: x.roll(1, 0),
+    "every pair of tokens": lambda x: linear(linear(x, x), x.t()),
+    "a product over tokens": lambda x: linear(linear(x.t(), x.t()), x),
+    "the other half of the tokens": lambda x: x[: x.shape[0] - 1],
+    "the number of tokens as a factor": lambda x: x * x.shape[0],
+    "the number of tokens in a sum": lambda x: x + x.shape[0],
+    "the number of tokens as a value": lambda x: x * torch.full((4,), x.shape[0]),
+    "the place of a token in the step": lambda x: x + torch.arange(x.shape[0])[:, None],
+    "a token's place as a row": lambda x: x.reshape(-1, 2, 2).transpose(0, 1).reshape(-1, 4),
+}
+
+
+@pytest.mark.parametrize("what", JOINS)
+def test_what_does_not_treat_tokens_one_by_one_is_refused(what: str) -> None:
+    gm, symbols = graph_of(JOINS[what], torch.ones(5, 4))
+    with pytest.raises(PassError, match="does not treat tokens one by one"):
+        Chunk(symbols).run(gm, Context("layer"))
+
+
+def test_a_constant_as_long_as_the_step_is_one_of_each_half() -> None:
+    gm, symbols = graph_of(lambda x: x.reshape(x.shape[0], 2, 2) + torch.ones(x.shape[0], 1, 2), torch.ones(5, 4))
+    ctx = Context("layer")
+    Chunk(symbols).run(gm, ctx)
+    gm.recompile()
+    first, second = gm(torch.ones(2, 4), torch.ones(3, 4))
+    assert (first.shape, second.shape) == ((2, 2, 2), (3, 2, 2))
 
 
 def test_random_numbers_are_refused() -> None:
-    assert "drawn twice" in refused(lambda x: torch.ops.aten.bernoulli.p(x, 0.5), torch.ones(5, 4))
+    assert "drawn once more" in refused(lambda x: torch.ops.aten.bernoulli.p(x, 0.5), torch.ones(5, 4))
 
 
 def test_a_result_without_tokens_is_refused() -> None:

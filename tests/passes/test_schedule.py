@@ -13,9 +13,10 @@ from torch.fx import GraphModule
 
 from atomc.ops.batch import middle, split_batch
 from atomc.parallel.collectives import WAIT, is_collective
-from atomc.passes.chunk import Chunk, free_symbols
+from atomc.passes.chunk import Chunk
 from atomc.passes.graph import PassError, order_edges
 from atomc.passes.overlap import OverlapError
+from atomc.passes.row_wise import free_symbols
 from atomc.passes.runner import Context
 from atomc.passes.schedule import ScheduleOverlap, node_seconds, task_graph
 from tests.support.eager import Caches, make_batch, new_caches
@@ -35,6 +36,7 @@ def chunked(layout: str, form: Any) -> Compiled:
     graphs, contexts = {}, {}
     for region in captured().regions:
         gm, ctx = copy.deepcopy(whole.graphs[region.name]), copy.copy(whole.contexts[region.name])
+        ctx.states = {i.placeholder: i.name for i in region.inputs if i.role == "state"}
         Chunk(frozenset(g for g, plan in region.symbols.items() if plan in STEP_SYMBOLS)).run(gm, ctx)
         gm.graph.lint()
         gm.recompile()
