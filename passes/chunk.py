@@ -28,12 +28,12 @@ from typing import Any, ClassVar, Final
 
 import torch
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
 from atomc.ops.placement import PlacementError
 from atomc.passes.graph import PassError, calls, location, op_name, quiet, resources_written, value_of
-from atomc.passes.row_wise import RowWise, free_symbols
+from atomc.passes.row_wise import RowWise, free_symbols, twin_symbol
 from atomc.passes.runner import Chunked, Context, Match, Pass, Report
 from atomc.passes.shard import AGREED
 
@@ -85,7 +85,8 @@ class _Owned:
                 if "state" in resources_written(node):
                     raise self._error(f"{node.name} ({location(node)}): random numbers would be drawn once more")
             try:
-                _ = node.op == "output" or rows.add(node)
+                if node.op != "output":
+                    rows.add(node)
             except PlacementError as error:
                 what = f"{node.name} = {op_name(node.target)} ({location(node)})"
                 raise self._error(f"{what} does not treat tokens one by one: {error}") from error
@@ -191,16 +192,6 @@ class _Twins:
         env: ShapeEnv = size.node.shape_env
         for symbol in sorted(size.node.expr.free_symbols, key=str):
             if str(symbol) in self.tokens and symbol not in self._made:
-                self._made[symbol] = made = _symbol(env, symbol)
+                self._made[symbol] = made = twin_symbol(env, env, symbol)
                 self.symbols[str(symbol)] = str(made)
         return env.create_symintnode(size.node.expr.xreplace(self._made), hint=None)
-
-
-def _symbol(env: ShapeEnv, symbol: Any) -> Any:
-    """A new symbol with the range of another, and a size as example that differs from it."""
-    from torch._dynamo.source import ConstantSource
-
-    example = int(env.backed_var_to_val[symbol]) + 1
-    made = env.create_symbol(example, ConstantSource(f"{symbol}_1"), DimDynamic.DYNAMIC)
-    env.var_to_range[made] = env.var_to_range[symbol]
-    return made

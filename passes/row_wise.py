@@ -16,6 +16,7 @@ from typing import Any, Final
 
 import torch
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils import _pytree as pytree
 
 from atomc.ops.placement import REPLICATE, Placement, PlacementError, Shard
@@ -159,3 +160,14 @@ def free_symbols(value: Any) -> set[str]:
             if isinstance(size, torch.SymInt):
                 found |= {str(symbol) for symbol in size.node.expr.free_symbols}
     return found
+
+
+def twin_symbol(env: ShapeEnv, of: ShapeEnv, symbol: Any) -> Any:
+    """A new symbol of `env` with the range of one of another, or the same, and a size as example that differs."""
+    from torch._dynamo.source import ConstantSource
+
+    example = int(of.backed_var_to_val.get(symbol, 2)) + 1
+    name = f"{symbol}_{len(env.var_to_range)}"
+    made = env.create_symbol(example, ConstantSource(name), DimDynamic.DYNAMIC)
+    env.var_to_range[made] = of.var_to_range[symbol]
+    return made

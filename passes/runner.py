@@ -88,11 +88,17 @@ class Chunked:
     Attributes:
         inputs: placeholder of the whole -> its placeholders in the halves. results: of one half.
         symbols: size symbol of the whole, which the first half keeps -> that of the second half.
+        second: places of the results that the second half gives, where some moved over a border (`passes.borders`);
+            None: all. carried: how many results come after them, for the moved nodes of the next region.
+        given: placeholders of what the region before carries.
     """
 
     inputs: Mapping[str, tuple[str, str]]
     results: int
     symbols: Mapping[str, str]
+    second: tuple[int, ...] | None = None
+    carried: int = 0
+    given: tuple[str, ...] = ()
 
 
 @dataclass

@@ -8,7 +8,8 @@ Contract:
 
 Terms:
     task     a call; views, sizes and tuple items take no time and no memory
-    buffer   the storage that a call makes; of a collective, its result until the last reader of its wait
+    buffer   the storages that a call makes, each item of a tuple its own; of a collective, its result until the last
+             reader of its wait
 
 Pseudo-code:
     tasks of the calls in order, waits belonging to their collectives; seconds by the caller's cost model
@@ -17,6 +18,7 @@ Pseudo-code:
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -25,12 +27,12 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from atomc.parallel.collectives import WAIT, is_collective
-from atomc.parallel.tasks import Schedule, Stream, Task, TaskGraph
-from atomc.passes.graph import PassError, base_of, calls, location, op_name, order_edges
+from atomc.parallel.tasks import Schedule, Task, TaskGraph
+from atomc.passes.graph import PassError, base_of, calls, location, op_name, order_edges, storage_of
 from atomc.passes.overlap import overlap
 from atomc.passes.runner import Context, Match, Pass, Refusal, Report
 
-Seconds = Callable[[Node], float]
+Seconds = Callable[[Node], float | tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,9 @@ class ScheduleOverlap(Pass):
     """Reorder a region's nodes.
 
     Attributes:
-        seconds: what a call takes. sizes: symbol of the graph -> its value, for bytes. limit: most bytes of live
-            buffers. require: raise where nothing is hidden.
+        seconds: what a call takes, and the share of its speed that it keeps beside the other stream, 1 if it is left
+            out. sizes: symbol of the graph -> its value, for bytes. limit: most bytes of live buffers. require: raise
+            where nothing is hidden. under_way: seconds of what the region before left open.
     """
 
     name: ClassVar[str] = "schedule"
@@ -48,49 +51,56 @@ class ScheduleOverlap(Pass):
     sizes: Mapping[str, int] = field(default_factory=dict)
     limit: int | None = None
     require: bool = True
+    under_way: float = 0.0
 
     def run(self, gm: GraphModule, ctx: Context) -> Report:
-        found = overlap(task_graph(gm.graph, self.seconds, self.sizes), self.limit, require=self.require)
+        found = overlap(
+            task_graph(gm.graph, self.seconds, self.sizes, self.under_way), self.limit, require=self.require
+        )
         place(gm.graph, found)
         nodes = {node.name: node for node in calls(gm.graph)}
-        refused = [Refusal(f"{location(nodes[why.task])} {why.task}", why.reason) for why in found.why]
-        hidden = [nodes[name] for name, exposed in found.exposed.items() if not exposed]
+        where = {task.name: task.where for task in found.graph.tasks}
+        refused = [Refusal(f"{where[why.task]} {why.task}", why.reason) for why in found.why]
+        hidden = [nodes[name] for name, exposed in found.exposed.items() if not exposed and name in nodes]
         return Report([Match(location(node), op_name(node.target)) for node in hidden], refused)
 
 
-def task_graph(graph: Graph, seconds: Seconds, sizes: Mapping[str, int]) -> TaskGraph:
+def task_graph(graph: Graph, seconds: Seconds, sizes: Mapping[str, int], under_way: float = 0.0) -> TaskGraph:
     """The calls of a graph as tasks, named as their nodes; a wait is part of its collective.
+
+    A collective without a wait is left open (`passes.borders`); what a wait of an input waits for is pending, and takes
+    `under_way` seconds from the start.
 
     Raises:
         PassError: a size has a symbol without a value; a wait waits for no collective.
     """
     before, tasks, buffers = order_edges(graph), [], dict[str, int]()
+    waits = {_collective(node): node for node in calls(graph) if node.target is WAIT}
+    for source, wait in waits.items():
+        if source.op == "placeholder":
+            tasks.append(Task(source.name, "collective", under_way, where=location(source)))
+        elif not is_collective(source):
+            raise PassError(f"{wait.name} ({location(wait)}) waits for {source}, which is no collective.")
+    pending = tuple(task.name for task in tasks)
     for node in calls(graph):
         if node.target is WAIT:
-            if not is_collective(_collective(node)):
-                raise PassError(f"{node.name} ({location(node)}) waits for {node.args[0]}, which is no collective.")
             continue
         after = {_collective(n).name for n in before[node] if n.op == "call_function"}
         reads = {name for n in node.all_input_nodes if (name := _buffer(n))}
-        made = _buffer(node)
-        if made and made not in reads:
-            buffers[made] = _bytes(node, sizes)
-        writes = (made,) if made and made not in reads else ()
-        stream: Stream = "collective" if is_collective(node) else "compute"
+        made = {name: size for name, size in _made(node, sizes).items() if name not in reads}
+        buffers |= made
+        cost = seconds(node)
+        spent, beside = cost if isinstance(cost, tuple) else (cost, 1.0)
         tasks.append(
             Task(
-                node.name,
-                stream,
-                seconds(node),
-                tuple(sorted(reads)),
-                writes,
-                tuple(sorted(after)),
-                where=location(node),
+                node.name, "collective" if is_collective(node) else "compute", spent, tuple(sorted(reads)), tuple(made),
+                tuple(sorted(after)), int(node.meta.get("half", 0)), location(node), beside,
             )
-        )
+        )  # fmt: skip
     output = next(node for node in graph.nodes if node.op == "output")
     results = frozenset(name for n in output.all_input_nodes if (name := _buffer(n)))
-    return TaskGraph(tuple(tasks), buffers, results)
+    left_open = frozenset(node.name for node in calls(graph) if is_collective(node) and node not in waits)
+    return TaskGraph(tuple(tasks), buffers, results, pending, left_open)
 
 
 def _collective(node: Node) -> Node:
@@ -103,15 +113,30 @@ def _collective(node: Node) -> Node:
 
 
 def _buffer(node: Node) -> str | None:
-    """The name of the storage of a call's tensor; None for inputs, sizes and tuples (their items have storages)."""
+    """The name of the storage of a tensor; None for inputs, sizes and tuples. An item of a tuple is its call's."""
     base = base_of(_collective(base_of(node)))
     if base.op != "call_function" or not isinstance(base.meta.get("val"), torch.Tensor):
         return None
+    if base.target is operator.getitem:
+        return f"%{base.all_input_nodes[0].name}[{base.args[1]}]"
     return f"%{base.name}"
 
 
-def _bytes(node: Node, sizes: Mapping[str, int]) -> int:
-    value: Any = node.meta["val"]
+def _made(node: Node, sizes: Mapping[str, int]) -> dict[str, int]:
+    """The storages that a call makes, with their bytes: of a tuple those of its items, whoever takes them out of it."""
+    value = node.meta.get("val")
+    if isinstance(value, torch.Tensor):
+        name = _buffer(node)
+        return {name: _bytes(node, value, sizes)} if name and node.target is not operator.getitem else {}
+    if not isinstance(value, (list, tuple)):
+        return {}
+    given = {storage_of(n) for n in node.all_input_nodes}
+    items = {at: item for at, item in enumerate(value) if isinstance(item, torch.Tensor)}
+    made = {at: item for at, item in items.items() if item.untyped_storage()._cdata not in given}
+    return {f"%{node.name}[{at}]": _bytes(node, item, sizes) for at, item in made.items()}
+
+
+def _bytes(node: Node, value: Any, sizes: Mapping[str, int]) -> int:
     total = value.element_size()
     for size in value.shape:
         if isinstance(size, torch.SymInt):
@@ -138,16 +163,16 @@ def place(graph: Graph, schedule: Schedule) -> None:
             placed.append(node)
 
     for action, name in schedule.issues:
-        if action != "wait":
+        if action != "wait" and name not in schedule.graph.pending:
             put(nodes[name])
-        elif name in waits:
+        elif action == "wait" and name in waits:
             put(waits[name])
     output = next(node for node in graph.nodes if node.op == "output")
     for node in placed:
         output.prepend(node)
 
 
-def node_seconds(fast: float, slow: float, collective: float) -> Seconds:
+def node_seconds(fast: float, slow: float, collective: float) -> Callable[[Node], float]:
     """A cost model without a target: products and fused operators `slow`, other calls `fast`, views nothing."""
 
     def seconds(node: Node) -> float:

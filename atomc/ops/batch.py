@@ -24,7 +24,7 @@ class Batch(NamedTuple):
         slots: [B] row of each request in the fixed-size state (compressor rings).
         window_table: [B, NW] physical page of logical page p at column p % NW (window rows, spec 4.1).
         block_table: [B, MB] physical block of each logical block of `block_tokens` tokens (compressed rows).
-        csa_ends: [N4] token index of every token that completes a window of ratio 4; padded with -1, never empty.
+        csa_ends: [N4] token index of every token that completes a window of ratio 4; padded with -1, empty only where T is 0.
         hca_ends: [NH] the same for the HCA ratio.
         logit_rows: [L] token indices whose logits are wanted.
     """
@@ -115,7 +115,7 @@ def split_batch(batch: Batch, cut: int) -> BatchHalves:
 def _part(batch: Batch, tokens: slice, requests: slice, logit_rows: torch.Tensor) -> Batch:
     def ends(of: torch.Tensor) -> torch.Tensor:
         mine = of[(of >= tokens.start) & (of < tokens.stop)] - tokens.start
-        return mine if mine.shape[0] else of.new_full((1,), -1)
+        return mine if mine.shape[0] or tokens.start == tokens.stop else of.new_full((1,), -1)
 
     query_start = batch.query_start[requests.start : requests.stop + 1] - tokens.start
     return Batch(

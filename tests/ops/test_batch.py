@@ -104,6 +104,7 @@ def test_a_half_may_be_empty() -> None:
         part, other = (halves.first, halves.second)[empty], (halves.first, halves.second)[1 - empty]
         assert (part.ids.shape[0], part.slots.shape[0], part.logit_rows.shape[0]) == (0, 0, 0)
         assert part.query_start.tolist() == [0]
+        assert part.csa_ends.shape[0] == part.hca_ends.shape[0] == 0
         assert all(torch.equal(a, b) for a, b in zip(other, batch, strict=True))
         assert halves.logit_rows.tolist() == [0]
 
