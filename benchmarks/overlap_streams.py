@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -35,6 +35,9 @@ from atomc.parallel.layout import parse_layout
 from atomc.parallel.tasks import Issue, Schedule, TaskGraph, simulate
 from atomc.planning.step import Step, schedule
 from atomc.targets import get_target
+
+if TYPE_CHECKING:
+    from atomc.passes.shard import Form
 
 LAYOUTS = {"all-gather, reduce-scatter": "dp=8,moe=tp", "all-to-all": "dp=8,moe=ep", "all-reduce": "tp=8"}
 FIRST = 2  # the first layer with compressed rows; kinds alternate from there
@@ -221,7 +224,9 @@ def plan_of(layout: str, tokens: int, layers: int) -> Schedule:
     """The schedule of a prefill in two micro-batches, of some layers."""
     config, parts = bundled_config("deepseek-v4-flash"), Step(tokens, 1, tokens).halves
     assert parts is not None
-    return schedule(config, parse_layout(layout), get_target("h100"), parts, layers=range(FIRST, FIRST + layers))
+    form: Form = "route" if "ep" in layout else "gather"
+    layered = range(FIRST, FIRST + layers)
+    return schedule(config, parse_layout(layout), get_target("h100"), parts, layers=layered, form=form)
 
 
 def measure(player: Player, plan: Schedule) -> dict[str, Any]:

@@ -52,13 +52,23 @@ def compilation(
     Args:
         rows, index_query: see `Quantize`. shard: how the model lies on many ranks.
     """
+    cut = () if shard is None else (shard,)
+    return (*finding(scheme, target, rows, index_query), *cut, *emission(target))
+
+
+def finding(
+    scheme: Scheme = SCHEMES["none"],
+    target: Target | None = None,
+    rows: Mapping[str, str] | None = None,
+    index_query: str = "",
+) -> tuple[Pass, ...]:
+    """The passes up to where the graphs of one rank and of many part."""
     target = target or get_target("cpu")
     scaled = (
         (quant_fusions.SCALED_MOE_EXPERTS, quant_fusions.SCALED_GROUPED_OUTPUT, quant_fusions.SCALED_LINEAR)
         if target.is_gpu
         else ()  # the cpu multiplies no narrow format: weights are expanded when they are loaded
     )
-    generated = (WideLinears(), Pointwise()) if target.is_gpu else ()
     return (
         Canonicalize(),
         *_BLOCKS,
@@ -80,7 +90,10 @@ def compilation(
         quant_fusions.HC_POST_PRE_NORM_QUANT,
         fusions.HC_HEAD_NORM,
         *scaled,
-        *((shard,) if shard is not None else ()),
-        *generated,
-        DeadCode(),
     )
+
+
+def emission(target: Target | None = None) -> tuple[Pass, ...]:
+    """The passes after that."""
+    generated = (WideLinears(), Pointwise()) if (target or get_target("cpu")).is_gpu else ()
+    return (*generated, DeadCode())

@@ -212,19 +212,23 @@ def run_pipeline(
     ctx: Context,
     dump: Path | None = None,
     stop_after: str | None = None,
+    after: tuple[Pass, ...] = (),
 ) -> list[Row]:
     """Run the passes in order, verifying the graph after each.
 
     Args:
         dump: folder for `NN_pass.py`, the graph after each pass (and `00_captured.py` before the first).
-        stop_after: label of the pass after which to stop.
+        stop_after: label of the pass after which to stop. after: passes that have run on the graph before.
     Raises:
         PassError: an invariant is missing or broken, or a pass found fewer or more matches than promised.
     """
     held: frozenset[str] = frozenset()
+    for step in after:
+        held = (held - step.breaks) | step.ensures
     rows: list[Row] = []
-    _dump(dump, 0, "captured", gm)
-    for index, step in enumerate(pipeline, start=1):
+    if not after:
+        _dump(dump, 0, "captured", gm)
+    for index, step in enumerate(pipeline, start=1 + len(after)):
         _require(step, held, ctx)
         before, start = len(gm.graph.nodes), time.perf_counter()
         report = step.run(gm, ctx)

@@ -312,10 +312,10 @@ class _Sharding:
     ) -> Node:
         dp = self.options.mesh.size("dp")
         sent, unpack = self.message(emit, x, indices, weights, self.symbol(AGREED))
-        *inputs, weights, indices = unpack(emit(WAIT, emit(c10d.all_gather_into_tensor.default, sent, dp, "dp")))
-        partial = self.run_experts(emit, node, inputs, indices, weights, local)
+        *inputs, all_weights, indices = unpack(emit(WAIT, emit(c10d.all_gather_into_tensor.default, sent, dp, "dp")))
+        partial = self.run_experts(emit, node, inputs, indices, all_weights, local)
         summed = emit(WAIT, emit(c10d.reduce_scatter_tensor.default, partial, "sum", dp, "dp"))
-        return self.reduce(emit, emit(atom.drop_padding.default, summed, x[0]))
+        return self.reduce(emit, emit(atom.drop_padding.default, summed, weights))
 
     def route(
         self, emit: Emit, node: Node, x: list[Node], indices: Any, weights: Any,
@@ -330,10 +330,12 @@ class _Sharding:
         send, receive = emit(atom.host_sizes.default, counts), emit(atom.host_sizes.default, expected)
         message, unpack = self.message(emit, x, indices, weights)
         rows = emit(atom.dispatch_rows.default, message, order, send)
-        *inputs, weights, indices = unpack(emit(WAIT, emit(c10d.all_to_all_single.default, rows, receive, send, "dp")))
-        done = self.run_experts(emit, node, inputs, indices, weights, local)
+        *inputs, its_weights, indices = unpack(
+            emit(WAIT, emit(c10d.all_to_all_single.default, rows, receive, send, "dp"))
+        )
+        done = self.run_experts(emit, node, inputs, indices, its_weights, local)
         back = emit(WAIT, emit(c10d.all_to_all_single.default, done, send, receive, "dp"))
-        return self.reduce(emit, emit(atom.combine_rows.default, back, order, x[0], send))
+        return self.reduce(emit, emit(atom.combine_rows.default, back, order, weights, send))
 
     # -- ends ----------------------------------------------------------------------------------------------------------
 

@@ -59,9 +59,9 @@ def compile_command(
     dump_ir: Annotated[Path | None, typer.Option(help="Write each region's graph after every pass here.")] = None,
     stop_after: Annotated[str | None, typer.Option(help="Stop after this pass; writes no artifact.")] = None,
     parallel: Annotated[
-        str,
-        typer.Option(help="Ranks: dp=N,tp=N,moe=tp|ep. As yet with --stop-after: graphs are cut and proven."),
-    ] = "",
+        list[str] | None,
+        typer.Option(help="A layout on many ranks beside that of one: dp=N,tp=N,moe=tp|ep. Once for each."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Compile a model for a target into an artifact. Needs no GPU."""
@@ -76,7 +76,8 @@ def compile_command(
     path = output or Path(f"{Path(model).resolve().name.removesuffix('.json')}.atom")
     if dump_ir is not None:
         check_folder(dump_ir, "--dump-ir")
-    _check_end(path, stop_after, known, parallel)
+    layouts = tuple(parallel or ())
+    _check_end(path, stop_after, known, layouts)
     from atomc.compiler import Options
 
     options = Options(
@@ -86,7 +87,7 @@ def compile_command(
         max_context=max_context or 0, max_batch_tokens=max_batch_tokens, max_requests=max_requests,
         max_logit_rows=min(max_batch_tokens, 512) if max_logit_rows is None else max_logit_rows,
         with_weights=not no_weights, dump_ir=dump_ir, stop_after=stop_after,
-        parallel=parallel,
+        parallel=layouts,
     )  # fmt: skip
     result, seconds = _compile(model, target, path, options)
     summary = _summary(result, seconds, options)
@@ -98,16 +99,16 @@ def compile_command(
         _show(result, summary, options)
 
 
-def _check_end(output: Path, stop_after: str | None, target: Target, parallel: str) -> None:
+def _check_end(output: Path, stop_after: str | None, target: Target, parallel: tuple[str, ...]) -> None:
     """Whether the compile can end as it is asked to, before it starts."""
     from atomc.artifact.store import check_output
     from atomc.cli.failure import OptionError
     from atomc.compiler import CompileError, check_stop
     from atomc.parallel.layout import LayoutError
-    from atomc.ranks import check_parallel
+    from atomc.ranks import layouts_of
 
     try:
-        check_parallel(parallel, stop_after)
+        layouts_of(parallel)
         if stop_after is not None:
             check_stop(stop_after, target, parallel)
     except (CompileError, LayoutError) as error:
@@ -144,6 +145,7 @@ def _summary(result: Result, seconds: float, options: Options) -> dict[str, Any]
     """Everything `--json` writes and the panel shows."""
     from atomc.artifact import facts
     from atomc.artifact.store import read_manifest
+    from atomc.cli.layouts import as_data
     from atomc.report import matches, nodes
 
     before, after = nodes(result.explanation)
@@ -152,7 +154,7 @@ def _summary(result: Result, seconds: float, options: Options) -> dict[str, Any]
         "output": result.output, "sha256": result.hash,
         "seconds": round(seconds, 3), "peak_rss_bytes": _peak_rss(), "nodes_before": before, "nodes_after": after,
         "matches": matches(result.explanation), "regions": dict.fromkeys(result.explanation, 0),
-        "calibrated": result.calibrated, "ranks": _ranks(result),
+        "calibrated": result.calibrated, "ranks": [as_data(one) for one in result.ranks],
     }  # fmt: skip
     if result.program is None or result.output is None:
         return summary
@@ -177,17 +179,6 @@ def _summary(result: Result, seconds: float, options: Options) -> dict[str, Any]
         "max_batch_tokens": serving.max_batch_tokens,
         "max_requests": serving.max_requests,
     }
-
-
-def _ranks(result: Result) -> dict[str, Any] | None:
-    """What the ranks send one another, and how far that was proven; None for one rank."""
-    if (ranks := result.ranks) is None:
-        return None
-    sent = {name: [str(c) for c in found] for name, found in ranks.collectives.items()}
-    return {
-        "count": ranks.layout.ranks, "layout": str(ranks.layout), "collectives": sent, "step": ranks.proof.longest,
-        "pairs": ranks.proof.pairs,
-    }  # fmt: skip
 
 
 def _packed(result: Result) -> dict[str, Any] | None:
@@ -227,6 +218,7 @@ def _show(result: Result, summary: dict[str, Any], options: Options) -> None:
 
     from atomc.artifact.facts import bytes_text
     from atomc.cli.console import facts, stdout
+    from atomc.cli.layouts import line
 
     used = summary["regions"]
     rows = [
@@ -246,17 +238,13 @@ def _show(result: Result, summary: dict[str, Any], options: Options) -> None:
             ("a step's memory", f"arena {sizes['arena_bytes']}, values {sizes['values_bytes']}"),
             ("a request's state",
              f"{sizes['state_bytes_per_request']} + {sizes['state_bytes_per_1024_tokens']} per 1,024 tokens"),
+            *((f"{one.plan.mesh.ranks} ranks", line(one)) for one in result.ranks),
             *([("packing", _packing(summary["packed"]))] if summary["packed"] else []),
             *([("kernels", _kernels(summary["kernels"], summary["kernel_faults"]))] if result.kernels else []),
             ("artifact", f"{summary['output']}, {sizes['artifact_bytes']}"),
             ("sha256", summary["sha256"]),
         ]  # fmt: skip
     elif options.stop_after:
-        if (ranks := summary["ranks"]) is not None:
-            rows.append(("ranks", f"{ranks['count']}, {ranks['layout']}"))
-            rows.append(
-                ("collectives", f"{ranks['step']} a step, alike in {ranks['pairs']:,} pairs of ranks and states")
-            )
         rows.append(("stopped after", f"{options.stop_after}; no artifact is written"))
     if options.dump_ir is not None:
         rows.append(("graphs", str(options.dump_ir)))

@@ -24,7 +24,8 @@ class Batch(NamedTuple):
         slots: [B] row of each request in the fixed-size state (compressor rings).
         window_table: [B, NW] physical page of logical page p at column p % NW (window rows, spec 4.1).
         block_table: [B, MB] physical block of each logical block of `block_tokens` tokens (compressed rows).
-        csa_ends: [N4] token index of every token that completes a window of ratio 4; padded with -1, empty only where T is 0.
+        csa_ends: [N4] token index of every token that completes a window of ratio 4; padded with -1, empty only where
+            T is 0.
         hca_ends: [NH] the same for the HCA ratio.
         logit_rows: [L] token indices whose logits are wanted.
     """

@@ -9,7 +9,8 @@ Terms:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Final, Literal, cast, get_args
 
 from atomc.errors import AtomcError
@@ -32,6 +33,8 @@ class ModelSizes:
         heads, groups: attention heads, and the groups they are projected in. experts: routed ones. inner: columns of
             an expert's second product. vocabulary: rows of embedding and head.
         block: columns of `inner` that are rounded together (a block of the quantised activation or weight), 1 if none.
+        cut: of further dims that are cut along `tp`, by what they are: how many, and how many at a time are rounded
+            together, 0 for all of them.
     """
 
     heads: int
@@ -40,6 +43,7 @@ class ModelSizes:
     inner: int
     vocabulary: int
     block: int = 1
+    cut: Mapping[str, tuple[int, Sequence[int]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -71,41 +75,48 @@ class Layout:
         Raises:
             LayoutError
         """
-        problems = [p for p in (self._heads(sizes), self._vocabulary(sizes), self._experts(sizes)) if p]
+        problems = list(self._problems(sizes))
+        if problems:
+            problems[-1] += f"; nearest legal: {' or '.join(map(str, self.nearest(sizes)))}"
         if self.tbo != "off" and self.ranks == 1:
             problems.append(f"tbo={self.tbo} has nothing to overlap: one rank has no collectives; leave tbo out")
         if problems:
             raise LayoutError(f"--parallel {self}: " + "; ".join(problems) + ".")
 
-    def _heads(self, sizes: ModelSizes) -> str | None:
-        if sizes.groups % self.tp == 0 and sizes.heads % self.tp == 0:
-            return None
-        what = f"{sizes.groups} groups of attention heads" if sizes.groups % self.tp else f"{sizes.heads} heads"
-        legal = [n for n in divisors(sizes.groups) if sizes.heads % n == 0]
-        return f"tp={self.tp} does not divide the {what}; {_nearest('tp', self.tp, legal)}"
-
-    def _vocabulary(self, sizes: ModelSizes) -> str | None:
-        if sizes.vocabulary % self.tp == 0:
-            return None
-        legal = [n for n in divisors(sizes.vocabulary) if sizes.groups % n == 0]
-        return f"tp={self.tp} does not divide the vocabulary of {sizes.vocabulary}; {_nearest('tp', self.tp, legal)}"
-
-    def _experts(self, sizes: ModelSizes) -> str | None:
-        units = sizes.experts if self.moe == "ep" else sizes.inner // sizes.block
+    def _problems(self, sizes: ModelSizes) -> Iterator[str]:
+        heads = {"groups of attention heads": sizes.groups, "heads": sizes.heads}
+        if (what := next((f"{n} {name}" for name, n in heads.items() if n % self.tp), None)) is not None:
+            yield f"tp={self.tp} does not divide the {what}"
+        if sizes.vocabulary % self.tp:
+            yield f"tp={self.tp} does not divide the vocabulary of {sizes.vocabulary}"
+        for what, (count, blocks) in sizes.cut.items():
+            wrong = [n or count for n in blocks if self.tp > 1 and count % (self.tp * (n or count))]
+            if wrong and count % self.tp == 0:
+                yield f"tp={self.tp} cuts through the blocks of {wrong[0]} of the {count} {what}"
         if self.ranks == 1:
-            return None
-        if units % self.ranks == 0 and (self.moe == "ep" or sizes.inner % sizes.block == 0):
-            return None
-        if self.moe == "ep":
-            what = f"the {sizes.experts} experts"
-        else:
-            blocks = f" in blocks of {sizes.block}" if sizes.block > 1 else ""
-            what = f"the {sizes.inner} columns{blocks} of an expert"
-        axis, size, other = ("dp", self.dp, self.tp) if self.dp > 1 else ("tp", self.tp, 1)
-        legal = [n // other for n in divisors(units) if n % other == 0]
-        if axis == "tp":
-            legal = [n for n in legal if sizes.groups % n == 0]
-        return f"{self.ranks} ranks do not divide {what} (moe={self.moe}); {_nearest(axis, size, legal)}"
+            return
+        if self.moe == "ep" and sizes.experts % self.ranks:
+            yield f"{self.ranks} ranks do not divide the {sizes.experts} experts (moe=ep)"
+        if self.moe == "tp" and sizes.inner % (sizes.block * self.ranks):
+            blocks_of = f" in blocks of {sizes.block}" if sizes.block > 1 else ""
+            yield f"{self.ranks} ranks do not divide the {sizes.inner} columns{blocks_of} of an expert (moe=tp)"
+
+    def nearest(self, sizes: ModelSizes) -> list[Layout]:
+        """The legal layout with the most ranks of those with fewer, and that with the fewest of those with more."""
+        units = sizes.experts if self.moe == "ep" else sizes.inner
+        legal = [
+            known
+            for ranks in divisors(units)
+            for tp in divisors(ranks)
+            if not list((known := replace(self, dp=ranks // tp, tp=tp, tbo="off"))._problems(sizes))
+        ]
+        below = [n for n in legal if n.ranks <= self.ranks]
+        above = [n for n in legal if n.ranks > self.ranks]
+
+        def apart(other: Layout) -> tuple[int, int]:
+            return abs(other.ranks - self.ranks), abs(other.tp - self.tp)
+
+        return [min(side, key=apart) for side in (below, above) if side]
 
 
 def parse_layout(text: str) -> Layout:
@@ -147,10 +158,3 @@ def _size(text: str, key: str, value: str) -> int:
 
 def _spell(key: str) -> str:
     return f"{key}=" + "|".join(_WORDS[key])
-
-
-def _nearest(axis: str, size: int, legal: list[int]) -> str:
-    below, above = [n for n in legal if n < size][-1:], [n for n in legal if n > size][:1]
-    if not below and not above:
-        return f"no {axis} fits"
-    return "nearest legal: " + " or ".join(f"{axis}={n}" for n in below + above)

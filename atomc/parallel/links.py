@@ -11,12 +11,10 @@ Terms:
 
 from __future__ import annotations
 
-from typing import Literal
-
 from atomc.errors import AtomcError
+from atomc.parallel.kinds import Kind
 from atomc.targets import Link
 
-Kind = Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all"]
 STEPS = {"all_gather": 1, "reduce_scatter": 1, "all_reduce": 2, "all_to_all": 1}
 
 

@@ -13,7 +13,7 @@ from typing import Final
 from atomc.models.deepseek_v4.config import DeepseekV4Config
 from atomc.parallel.layout import Layout
 from atomc.parallel.tasks import Schedule
-from atomc.planning.step import Step, schedule
+from atomc.planning.step import Step, form_of, schedule
 from atomc.targets import Target
 
 MARGIN: Final = 0.02  # of the whole step's time: below it a prediction by a roofline says nothing
@@ -46,7 +46,8 @@ class Decision:
 
 def decide(config: DeepseekV4Config, layout: Layout, target: Target, step: Step) -> Decision:
     """Whether a step runs in halves."""
-    whole = schedule(config, layout, target, step.whole)
+    form = form_of(layout, target, step.phase)
+    whole = schedule(config, layout, target, step.whole, form=form)
     parts = step.halves
     if layout.tbo == "off":
         return Decision(step, whole, None, False, "tbo=off")
@@ -54,7 +55,7 @@ def decide(config: DeepseekV4Config, layout: Layout, target: Target, step: Step)
         return Decision(step, whole, None, False, "tbo=prefill leaves decode whole")
     if parts is None:
         return Decision(step, whole, None, False, "it has no two halves")
-    halves = schedule(config, layout, target, parts)
+    halves = schedule(config, layout, target, parts, form=form)
     gain = whole.seconds / halves.seconds - 1
     if layout.tbo != "auto":
         return Decision(step, whole, halves, True, f"tbo={layout.tbo}; {gain:+.1%} predicted")

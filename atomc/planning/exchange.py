@@ -4,19 +4,23 @@ The one place that says what the layouts of `--parallel` send. It states the siz
 plans that are made without capturing a model.
 
 Terms:
-    gather  every rank gets the tokens of all and has a slice of every expert (`moe=tp`), or whole experts; sums go back
-    route   tokens go to the ranks that have their experts, once a rank, and come back (prefill of `moe=ep` along `dp`).
-            The host reads how many before they can be sent, so that such a step is captured in no graph: decode gathers
+    gather  every rank gets the tokens of all and has a slice of every expert (`moe=tp`), or whole ones; sums go back
+    route   tokens go to the ranks that have their experts (`moe=ep` along `dp`), once a rank, and come back. The host
+            reads how many before they can be sent, so that such a step is captured in no graph
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from atomc.models.deepseek_v4.config import DeepseekV4Config
+from atomc.parallel.kinds import Kind
 from atomc.parallel.layout import Layout
-from atomc.parallel.links import Kind
 from atomc.planning.operators import CODES, PARTIAL, TILE, Operator, Part, expert_bytes, experts_read
+
+if TYPE_CHECKING:
+    from atomc.passes.shard import Form
 
 
 def message_bytes(config: DeepseekV4Config) -> float:
@@ -24,10 +28,9 @@ def message_bytes(config: DeepseekV4Config) -> float:
     return config.hidden_size * CODES + 8 * config.num_experts_per_tok
 
 
-def exchange(config: DeepseekV4Config, layout: Layout, part: Part) -> Iterator[Operator]:
+def exchange(config: DeepseekV4Config, layout: Layout, part: Part, form: Form) -> Iterator[Operator]:
     """Operators from the router's choice to the layer's output."""
-    routed = layout.moe == "ep" and layout.dp > 1 and part.tokens > part.requests
-    yield from _routed(config, layout, part) if routed else _gathered(config, layout, part)
+    yield from (_routed if form == "route" else _gathered)(config, layout, part)
     t, d = part.tokens, config.hidden_size
     yield Operator("add_shared", "experts", ("routed", "shared"), {"y_out": t * d * 2}, t * d * (PARTIAL + 4))
 

@@ -8,7 +8,7 @@ from typing import Final
 from atomc.models.deepseek_v4.config import DeepseekV4Config
 from atomc.parallel.layout import Layout
 from atomc.planning.operators import FP8, INDEX_ROW, ROW, expert_bytes
-from atomc.planning.step import Step, schedule
+from atomc.planning.step import Step, form_of, schedule
 from atomc.targets import Target
 
 USABLE: Final = 0.92  # of a device's memory: the driver, the collectives' library and captured graphs take the rest
@@ -38,8 +38,9 @@ def rank_memory(config: DeepseekV4Config, layout: Layout, target: Target, contex
     step = Step(tokens, 1, tokens)
     kinds = config.compress_ratios[: config.num_hidden_layers]
     layers = sorted({kinds.index(ratio) for ratio in kinds})  # one of each, so that each kind of region is there
+    form = form_of(layout, target, "prefill")
     cuts = [step.whole, *([step.halves] if layout.tbo != "off" and step.halves else [])]
-    peak = max(schedule(config, layout, target, parts, layers=layers).peak for parts in cuts)
+    peak = max(schedule(config, layout, target, parts, layers=layers, form=form).peak for parts in cuts)
     return RankMemory(weight_bytes(config, layout), request_bytes(config, context), peak, USABLE * target.memory_bytes)
 
 

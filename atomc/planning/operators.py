@@ -16,13 +16,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 from atomc.costs.formula import hit, mean_rows
 from atomc.models.deepseek_v4.config import DeepseekV4Config
+from atomc.parallel.kinds import Kind
 from atomc.parallel.layout import Layout
-from atomc.parallel.links import Kind, collective_seconds
+from atomc.parallel.links import collective_seconds
 from atomc.targets import Format, Target
+
+if TYPE_CHECKING:
+    from atomc.passes.shard import Form
 
 Group = Literal["attention", "caches", "streams", "experts", "head", "communication"]
 FP4: Final = 0.5 + 1 / 32  # bytes of a weight of an expert, its scale included
@@ -118,10 +122,10 @@ class Operator:
 
 
 class LayerOperators:
-    """The operators of one layer for one part; `operators` in order."""
+    """The operators of one layer for one part, in order; `form`: how experts on other ranks are reached."""
 
-    def __init__(self, config: DeepseekV4Config, layer: int, layout: Layout, part: Part) -> None:
-        self.config, self.layout, self.part = config, layout, part
+    def __init__(self, config: DeepseekV4Config, layer: int, layout: Layout, part: Part, form: Form = "gather") -> None:
+        self.config, self.layout, self.part, self.form = config, layout, part, form
         self.ratio = config.compress_ratios[layer]
         self.d, self.dh = config.hidden_size, config.head_dim
         self.heads, self.groups = config.num_attention_heads / layout.tp, config.o_groups / layout.tp
@@ -275,7 +279,7 @@ class LayerOperators:
     def _experts(self) -> None:
         from atomc.planning.exchange import exchange
 
-        for operator in exchange(self.config, self.layout, self.part):
+        for operator in exchange(self.config, self.layout, self.part, self.form):
             self.operators.append(operator)
 
 

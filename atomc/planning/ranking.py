@@ -19,6 +19,7 @@ from typing import Final
 from atomc.errors import AtomcError
 from atomc.models.deepseek_v4.config import DeepseekV4Config
 from atomc.parallel.layout import Layout, LayoutError, ModelSizes, Tbo, divisors
+from atomc.passes.scheme import SCHEMES
 from atomc.planning.decide import Decision, decide
 from atomc.planning.memory import rank_memory
 from atomc.planning.step import Step
@@ -107,11 +108,10 @@ def layouts(config: DeepseekV4Config, ranks: int, tbo: Tbo) -> Iterator[Layout]:
 
 
 def sizes_of(config: DeepseekV4Config) -> ModelSizes:
-    """The numbers that a layout must divide."""
-    return ModelSizes(
-        config.num_attention_heads, config.o_groups, config.n_routed_experts, config.moe_intermediate_size,
-        config.vocab_size,
-    )  # fmt: skip
+    """The numbers that a layout must divide: those that a compile with the checkpoint's own formats goes by."""
+    from atomc.ranks import model_sizes
+
+    return model_sizes(config, SCHEMES["native"])
 
 
 def rank(config: DeepseekV4Config, target: Target, ranks: int, workload: Workload, tbo: Tbo = "auto") -> list[Row]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import TYPE_CHECKING, Final, Literal
 
 from atomc.models.deepseek_v4.config import DeepseekV4Config
 from atomc.parallel.borders import cut, under_way
@@ -22,6 +22,9 @@ from atomc.parallel.tasks import Issue, Schedule, Task, TaskGraph, WhyNoOverlap,
 from atomc.passes.overlap import NOTHING, overlap
 from atomc.planning.operators import LayerOperators, Operator, Part
 from atomc.targets import Target
+
+if TYPE_CHECKING:
+    from atomc.passes.shard import Form
 
 STATE: Final = frozenset({"window", "rows", "partial", "index_rows", "index_partial"})
 AFTER: Final = "what the region before left under way holds it up"
@@ -40,7 +43,7 @@ class Step:
     live: int | None = None
 
     @property
-    def phase(self) -> str:
+    def phase(self) -> Literal["prefill", "decode"]:
         return "decode" if self.tokens == self.requests else "prefill"
 
     @property
@@ -74,16 +77,24 @@ class StepTasks:
     graph: TaskGraph
 
 
+def form_of(layout: Layout, target: Target, phase: Literal["prefill", "decode"]) -> Form:
+    """How a compile lets a step of that phase exchange tokens for experts."""
+    from atomc.ranks import variants_of
+
+    return variants_of(layout, target)[phase].form
+
+
 def step_tasks(
-    config: DeepseekV4Config, layout: Layout, target: Target, parts: list[Part], layers: Iterable[int] | None = None
-) -> StepTasks:
+    config: DeepseekV4Config, layout: Layout, target: Target, parts: list[Part], layers: Iterable[int] | None = None,
+    form: Form = "gather",
+) -> StepTasks:  # fmt: skip
     """The tasks of a step; of some layers only, and no head, where `layers` says which."""
     chosen = list(range(config.num_hidden_layers) if layers is None else layers)
     regions: list[tuple[Task, ...]] = []
     kinds: list[int | str] = [config.compress_ratios[layer] for layer in chosen]
     buffers: dict[str, float] = {}
     for at, layer in enumerate(chosen):
-        halves = [LayerOperators(config, layer, layout, part).operators for part in parts]
+        halves = [LayerOperators(config, layer, layout, part, form).operators for part in parts]
         regions.append(_region(halves, target, at, layer, buffers))
     last = len(chosen)
     results = frozenset(f"{name}.{last}.{half}" for name in ("h", "y_in") for half in range(len(parts)))
@@ -158,10 +169,10 @@ def _head(config: DeepseekV4Config, layout: Layout, part: Part) -> list[Operator
 
 def schedule(
     config: DeepseekV4Config, layout: Layout, target: Target, parts: list[Part], limit: int | None = None,
-    layers: Iterable[int] | None = None,
+    layers: Iterable[int] | None = None, form: Form = "gather",
 ) -> Schedule:  # fmt: skip
     """The schedule of a step, region by region; `limit`: bytes of buffers that a region may have."""
-    return by_regions(step_tasks(config, layout, target, parts, layers), limit)
+    return by_regions(step_tasks(config, layout, target, parts, layers, form), limit)
 
 
 def by_regions(step: StepTasks, limit: int | None = None) -> Schedule:
