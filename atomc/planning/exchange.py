@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from atomc.models.deepseek_v4.config import DeepseekV4Config
 from atomc.parallel.kinds import Kind
 from atomc.parallel.layout import Layout
-from atomc.planning.operators import CODES, PARTIAL, TILE, Operator, Part, expert_bytes, experts_read
+from atomc.planning.operators import CODES, PARTIAL, Operator, Part, expert_bytes, experts_read, padded
 
 if TYPE_CHECKING:
     from atomc.passes.shard import Form
@@ -48,8 +48,7 @@ def _experts(config: DeepseekV4Config, layout: Layout, reads: tuple[str, ...], w
     flops = everyone * config.num_experts_per_tok * 6 * d * inner / ranks
     width = inner if layout.moe == "ep" else inner / ranks
     moved = given * d * CODES + pairs * (d * CODES + width * (2 * CODES + 2) + d * 4) + made * d * PARTIAL
-    rows_each = everyone * config.num_experts_per_tok / config.n_routed_experts  # tiles of an expert end in part of one
-    flops *= 1 + min(TILE, max(16, rows_each)) / 2 / max(rows_each, 1) if rows_each > 1 else 1
+    flops *= padded(everyone * config.num_experts_per_tok / config.n_routed_experts)
     return Operator(
         "experts", "experts", reads, {write: made * d * PARTIAL}, weights + moved, {"fp8": flops}, 4, product="experts"
     )

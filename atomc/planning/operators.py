@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from atomc.costs.formula import hit, mean_rows
 from atomc.models.deepseek_v4.config import DeepseekV4Config
@@ -35,6 +35,7 @@ CODES: Final = 1 + 1 / 128  # of an activation
 ROW, INDEX_ROW = 584, 132  # bytes of a cache row (spec 4.2), and of an index row
 INDEX_SCORE = 4
 TILE: Final = 128  # rows and columns of a product's output that a workgroup makes
+EXPERT_TILE: Final = 64  # rows of an expert that a workgroup does; assumed
 PARTIAL: Final = 4  # bytes of a partial sum: sums over ranks are in float32, as the reference does them
 
 
@@ -90,35 +91,36 @@ class Operator:
     host: bool = False
 
     def seconds(self, target: Target) -> float:
-        """By the roofline of `atomc.costs.predict`; of a collective by the links."""
+        """By the roofline; of a collective by the links."""
         if self.collective is not None:
             return collective_seconds(self.collective, self.bytes, self.ranks, target.link)
-        least = target.sustained.launch * self.launches
-        return max(self._memory(target), self._compute(target), least) + self.host * target.sustained.host
+        return self._roofline(target)[0] + self.host * target.sustained.host
 
     def beside(self, target: Target) -> float:
-        """Share of its speed that it keeps while the other stream runs: what is left of units and of memory."""
-        link = target.link
-        if self.collective is not None:
-            return link.kept
-        memory, compute = self._memory(target), self._compute(target)
-        alone = max(memory, compute, target.sustained.launch * self.launches)
-        taken = link.copies * link.rate * link.share / (target.memory_rate * target.sustained.memory)
-        return min(1.0, alone / max(memory / (1 - min(taken, 0.9)), compute / (1 - link.units)))
+        """Share of its speed that it keeps while the other stream runs."""
+        return target.link.kept if self.collective is not None else self._roofline(target)[1]
 
-    def _memory(self, target: Target) -> float:
-        return self.bytes / (target.memory_rate * target.sustained.memory)
+    def _roofline(self, target: Target) -> tuple[float, float]:
+        return roofline(target, self.bytes, self.flops, self.product, self.tiles, self.launches)
 
-    def _compute(self, target: Target) -> float:
-        """Products in whole rounds of tiles over all compute units; fewer tiles than units are cut along K."""
-        units = target.compute_units
-        rounds = max(1.0, math.ceil(self.tiles / units) * units / self.tiles) if self.tiles >= units else 1.0
-        return sum(
-            count / target.peaks.vector
-            if kind == "vector"
-            else rounds * count / target.product_rate(self.product, kind)
-            for kind, count in self.flops.items()
-        )
+
+def roofline(
+    target: Target, size: float, flops: Mapping[Any, float], product: str, tiles: float = 0.0, launches: int = 1
+) -> tuple[float, float]:
+    """Seconds of an operator alone (`atomc.costs.predict`), and the share of its speed that it keeps by a collective.
+
+    Products come in whole rounds of tiles over all compute units; fewer tiles than units are cut along K. A collective
+    leaves what it does not take of the units and of the memory's rate.
+    """
+    units, link, sustained = target.compute_units, target.link, target.sustained
+    rounds = max(1.0, math.ceil(tiles / units) * units / tiles) if tiles >= units else 1.0
+    rate = {k: target.peaks.vector if k == "vector" else target.product_rate(product, k) for k in flops}
+    compute = sum((1.0 if k == "vector" else rounds) * count / rate[k] for k, count in flops.items())
+    memory = size / (target.memory_rate * sustained.memory)
+    seconds = max(memory, compute, sustained.launch * launches)
+    taken = min(0.9, link.copies * link.rate * link.share / (target.memory_rate * sustained.memory))
+    crowded = max(memory / (1 - taken), compute / (1 - link.units), seconds)
+    return seconds, seconds / crowded if crowded else 1.0
 
 
 class LayerOperators:
@@ -255,9 +257,11 @@ class LayerOperators:
         rank = config.o_lora_rank
         flops: Mapping[Format | Literal["vector"], float] = {"fp8": 2 * t * width * rank}
         size = t * width * CODES + self.groups * into * rank * FP8 + t * self.groups * rank * 2
-        made = {"z": t * self.groups * rank * 2}
+        z = t * self.groups * rank
+        made = {"z_raw": z * 2}
         many = self.groups * tiles(t, rank)
         self._add("wo_a", "attention", ("o",), made, size, flops, product="grouped", tiles=many)
+        self._add("quantize_z", "attention", ("z_raw",), {"z": z * CODES}, z * (2 + CODES))
         whole = self.layout.tp == 1
         out = "y_attention" if whole else "y_partial"
         self._linear("wo_b", "attention", ("z",), out, self.groups * rank, self.d, FP8, 2 if whole else PARTIAL)
@@ -274,7 +278,10 @@ class LayerOperators:
         """The shared expert, whole on every rank: it needs no other rank's tokens."""
         inner = self.config.moe_intermediate_size
         self._linear("shared_w13", "experts", ("x_experts",), "shared_a", self.d, 2 * inner)
-        self._linear("shared_w2", "experts", ("shared_a",), "shared", inner, self.d)
+        t = self.part.tokens
+        codes = {"shared_codes": t * inner * CODES}
+        self._add("swiglu", "experts", ("shared_a",), codes, t * inner * (4 + CODES))
+        self._linear("shared_w2", "experts", ("shared_codes",), "shared", inner, self.d)
 
     def _experts(self) -> None:
         from atomc.planning.exchange import exchange
@@ -286,6 +293,11 @@ class LayerOperators:
 def tiles(rows: float, columns: float) -> float:
     """Output tiles of a product."""
     return math.ceil(rows / TILE) * math.ceil(columns / TILE)
+
+
+def padded(rows: float) -> float:
+    """Rows of an expert with what its last tile has too much, on average, over its rows."""
+    return 1 + min(EXPERT_TILE, rows) / 2 / rows if rows > 0 else 1.0
 
 
 def expert_bytes(config: DeepseekV4Config) -> float:
