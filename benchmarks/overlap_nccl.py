@@ -1,6 +1,7 @@
 """Collectives of NCCL under the products of V4-Flash on two or more GPUs of one node: what is hidden, and its price.
 
     python benchmarks/overlap_nccl.py [--ranks 2] [--tokens 4096 8192] [--layers 6] [--seconds 120] [--out FILE.json]
+                                      [--ctas N] [--low-priority]
 
 It starts its own processes, one for each GPU, and ends them when the seconds are over; what was found until then stays.
 Nothing here is the model: the products have the sizes of a rank's layer under dp=RANKS,moe=tp (bfloat16), weights and
@@ -15,6 +16,8 @@ For each number of tokens a rank:
                  waited for, and in the order of `atomc.passes.overlap` for the seconds measured (TBO on), predicted and
                  measured; hidden = 1 - (scheduled - compute alone) / collectives alone
     captured     the same scheduled chain in one CUDA graph
+
+`--ctas`: workgroups of each collective; by default the library's choice. Collectives run on a stream of high priority.
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ import torch.multiprocessing as mp
 
 from atomc.parallel.tasks import Issue, Schedule, Stream, Task, TaskGraph, simulate
 from atomc.passes.overlap import overlap
+from atomc.targets import Target, get_target
 
 D, Q, HEADS, HEAD, GROUPS, RANK = 4096, 1024, 64, 512, 8, 1024
 EXPERTS, CHOSEN, INNER, SEEN = 256, 6, 2048, 640  # SEEN: rows that a token's attention reads
@@ -194,18 +198,23 @@ def on(stream: torch.cuda.Stream, work: Callable[[], None]) -> Callable[[], None
 # -- a chain of layers -------------------------------------------------------------------------------------------------
 
 
-def chain(layers: int, halves: int, spent: dict[str, float], share: float = 1.0) -> TaskGraph:
+def chain(layers: int, halves: int, spent: dict[str, float], target: Target | None = None) -> TaskGraph:
     """Layers of attention, all-gather, experts, reduce-scatter, for one or two micro-batches.
 
     Args:
-        spent: seconds of each. share: of its speed that compute keeps beside a collective.
+        spent: seconds of each, of short runs. target: whose facts say what both streams take from one another, and of
+            the power; None: nothing.
     """
     tasks: list[Task] = []
 
     def add(what: str, at: str, reads: tuple[str, ...], writes: tuple[str, ...]) -> None:
         stream: Stream = "compute" if what in ("attention", "experts") else "collective"
-        beside = share if stream == "compute" else 1.0
-        tasks.append(Task(f"{what} {at}", stream, spent[what], reads, writes, beside=beside))
+        beside, power = 1.0, 0.0
+        if target is not None and stream == "compute":
+            beside, power = 1 - target.link.units, target.sustained.burst * spent[what]
+        elif target is not None:
+            beside, power = target.link.kept, target.link.power * spent[what]
+        tasks.append(Task(f"{what} {at}", stream, spent[what], reads, writes, beside=beside, power=power))
 
     for layer in range(layers):
         for half in range(halves):
@@ -265,11 +274,12 @@ def chained(tokens: int, ranks: int, layers: int, w: dict[str, torch.Tensor]) ->
     return found, runner(plan, halves)
 
 
-def with_contention(found: dict[str, Any], layers: int, shares: dict[str, float]) -> float:
-    """The scheduled chain, predicted with the share of its speed that the experts kept beside a reduce-scatter."""
-    plan = overlap(chain(layers, 2, found["parts"]["half"]))
-    share = min(1.0, shares["experts beside reduce_scatter"])
-    return simulate(chain(layers, 2, found["parts"]["half"], share), plan.issues).seconds
+def with_contention(spent: dict[str, dict[str, float]], layers: int, target: Target) -> dict[str, float]:
+    """The chains whole and scheduled, predicted with what the target's facts say of contention and power."""
+    whole, plan = (overlap(chain(layers, n, spent[name])) for n, name in ((1, "whole"), (2, "half")))
+    off = simulate(chain(layers, 1, spent["whole"], target), whole.issues).seconds
+    on = simulate(chain(layers, 2, spent["half"], target), plan.issues).seconds
+    return {"off": off, "on": on, "speedup": off / on}
 
 
 def _blocking(task: Task) -> list[Issue]:
@@ -298,9 +308,13 @@ def captured(run: Callable[[], None]) -> float:
 def measure(rank: int, ranks: int, args: argparse.Namespace, folder: str) -> None:
     """One rank; rank 0 prints, and writes the file after every part."""
     torch.cuda.set_device(rank)
+    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=not args.low_priority)
+    if args.ctas:
+        options.config.min_ctas = options.config.max_ctas = args.ctas
     dist.init_process_group(
-        "nccl", init_method=f"file://{folder}/store", rank=rank, world_size=ranks, device_id=torch.device("cuda", rank)
-    )
+        "nccl", init_method=f"file://{folder}/store", rank=rank, world_size=ranks, pg_options=options,
+        device_id=torch.device("cuda", rank),
+    )  # fmt: skip
     found: dict[str, Any] = {
         "device": torch.cuda.get_device_name(), "torch": torch.__version__, "ranks": ranks,
         "nccl": ".".join(map(str, torch.cuda.nccl.version())), "tokens": {},
@@ -324,9 +338,9 @@ def measure(rank: int, ranks: int, args: argparse.Namespace, folder: str) -> Non
     for tokens in args.tokens:
         mine = found["tokens"][str(tokens)]
         mine["contention"] = contention(Layer(tokens, ranks, w), mine["alone"])
-        mine["predicted_on_with_contention"] = with_contention(mine["layers"], args.layers, mine["contention"])
+        mine["predicted_with_contention"] = with_contention(mine["layers"]["parts"], args.layers, get_target("h100"))
         note(f"{tokens} tokens, share of speed kept: " + _text(mine["contention"]))
-        note(f"{tokens} tokens, predicted with it: {mine['predicted_on_with_contention'] * 1e3:.3f} ms")
+        note(f"{tokens} tokens, predicted with the target's: " + _text(mine["predicted_with_contention"]))
     for tokens, run in runs.items():  # last: what a library cannot capture may end the process
         found["tokens"][str(tokens)]["captured_on"] = captured(run)
         note(f"{tokens} tokens, captured in one graph: {found['tokens'][str(tokens)]['captured_on'] * 1e3:.3f} ms")
@@ -363,6 +377,8 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 8192])
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--seconds", type=float, default=120.0)
+    parser.add_argument("--ctas", type=int, help="workgroups of each collective")
+    parser.add_argument("--low-priority", action="store_true", help="collectives on a stream as any other")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if torch.cuda.device_count() < args.ranks:

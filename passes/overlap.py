@@ -117,8 +117,8 @@ class _Problem:
     def cost(self, schedule: Schedule) -> tuple[float, int]:
         """What is least: seconds, those that open collectives may last longer left out; then bytes."""
         if not self.graph.open:
-            return schedule.seconds, schedule.peak
-        return max(schedule.computed, schedule.seconds - self.left_open), schedule.peak
+            return schedule.seconds - schedule.throttled, schedule.peak
+        return max(schedule.computed, schedule.seconds - schedule.throttled - self.left_open), schedule.peak
 
     @property
     def in_order(self) -> list[Issue]:

@@ -27,12 +27,12 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from atomc.parallel.collectives import WAIT, is_collective
-from atomc.parallel.tasks import Schedule, Task, TaskGraph
+from atomc.parallel.tasks import Cost, Schedule, Task, TaskGraph
 from atomc.passes.graph import PassError, base_of, calls, location, op_name, order_edges, storage_of
 from atomc.passes.overlap import overlap
 from atomc.passes.runner import Context, Match, Pass, Refusal, Report
 
-Seconds = Callable[[Node], float | tuple[float, float]]
+Seconds = Callable[[Node], float | Cost]
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,8 @@ class ScheduleOverlap(Pass):
     """Reorder a region's nodes.
 
     Attributes:
-        seconds: what a call takes, and the share of its speed that it keeps beside the other stream, 1 if it is left
-            out. sizes: symbol of the graph -> its value, for bytes. limit: most bytes of live buffers. require: raise
-            where nothing is hidden. under_way: seconds of what the region before left open.
+        seconds: what a call takes. sizes: symbol of the graph -> its value, for bytes. limit: most bytes of live
+            buffers. require: raise where nothing is hidden. under_way: seconds of what the region before left open.
     """
 
     name: ClassVar[str] = "schedule"
@@ -89,12 +88,13 @@ def task_graph(graph: Graph, seconds: Seconds, sizes: Mapping[str, int], under_w
         reads = {name for n in node.all_input_nodes if (name := _buffer(n))}
         made = {name: size for name, size in _made(node, sizes).items() if name not in reads}
         buffers |= made
-        cost = seconds(node)
-        spent, beside = cost if isinstance(cost, tuple) else (cost, 1.0)
+        found = seconds(node)
+        cost = found if isinstance(found, Cost) else Cost(found)
         tasks.append(
             Task(
-                node.name, "collective" if is_collective(node) else "compute", spent, tuple(sorted(reads)), tuple(made),
-                tuple(sorted(after)), int(node.meta.get("half", 0)), location(node), beside,
+                node.name, "collective" if is_collective(node) else "compute", cost.seconds, tuple(sorted(reads)),
+                tuple(made), tuple(sorted(after)), int(node.meta.get("half", 0)), location(node), cost.beside,
+                cost.power,
             )
         )  # fmt: skip
     output = next(node for node in graph.nodes if node.op == "output")

@@ -44,7 +44,8 @@ class Task:
         name: unique in its graph. seconds: what it takes alone on its stream.
         reads, writes: names of buffers and state. after: tasks that must precede it beside those it reads from.
         chunk: the micro-batch that it belongs to. where: line of the model, for pictures.
-        beside: share of its speed that it keeps while the other stream runs.
+        beside: share of its speed that it keeps while the other stream runs. power: seconds that it takes of the
+            device's power; all tasks together take at least the sum of them.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Task:
     chunk: int = 0
     where: str = ""
     beside: float = 1.0
+    power: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,14 @@ class TaskGraph:
         return before
 
 
+class Cost(NamedTuple):
+    """What a task takes, as in `Task`."""
+
+    seconds: float
+    beside: float = 1.0
+    power: float = 0.0
+
+
 class Issue(NamedTuple):
     """One entry of the host's sequence."""
 
@@ -134,6 +144,7 @@ class Schedule:
 
     Attributes:
         spans: when each task runs. exposed: collective -> seconds. seconds: of the whole.
+        throttled: of them, those that the device takes longer than its streams because of its power.
         live: bytes of live buffers after each issue; peak: the most, while a task runs.
         why: of each collective that is exposed.
     """
@@ -146,6 +157,7 @@ class Schedule:
     peak: int
     seconds: float
     why: tuple[WhyNoOverlap, ...] = ()
+    throttled: float = 0.0
 
     @property
     def communication(self) -> float:
@@ -195,7 +207,8 @@ def simulate(graph: TaskGraph, issues: Iterable[Issue]) -> Schedule:
     for at, _, seconds in meetings([spans[name] for name in collectives], gaps):
         exposed[collectives[at]] += seconds
     end = max((span.end for span in spans.values()), default=0.0)
-    return Schedule(graph, sequence, spans, exposed, tuple(live), memory.peak, end)
+    throttled = max(0.0, sum(task.power for task in graph.tasks) - end)
+    return Schedule(graph, sequence, spans, exposed, tuple(live), memory.peak, end + throttled, (), throttled)
 
 
 class _Streams:

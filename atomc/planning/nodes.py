@@ -23,9 +23,9 @@ from atomc.costs.launches import PARTS
 from atomc.costs.work import COSTS, CostError, Work, work_of
 from atomc.ops.registry import OPS
 from atomc.parallel.collectives import KINDS, WAIT, group_of, is_collective
-from atomc.parallel.links import collective_seconds
+from atomc.parallel.tasks import Cost
 from atomc.passes.graph import base_of, location
-from atomc.planning.operators import padded, roofline
+from atomc.planning.operators import padded, roofline, sending
 from atomc.targets import Format, Target
 
 # Operators that move rows and compute nothing: what surrounds a collective.
@@ -49,7 +49,7 @@ class Load:
 
 @dataclass(frozen=True)
 class NodeCosts:
-    """Seconds of a node alone, and the share of its speed that it keeps beside the other stream.
+    """What each node takes.
 
     Attributes:
         sizes: value of every size symbol of the graph. axes: ranks along each mesh axis. loads: of the halves, or of
@@ -64,19 +64,19 @@ class NodeCosts:
     experts: int
     weights: frozenset[str] = frozenset()
 
-    def __call__(self, node: Node) -> tuple[float, float]:
+    def __call__(self, node: Node) -> Cost:
         """Raises `CostError`: nothing says what the operator does."""
         if is_collective(node):
-            return self._collective(node), self.target.link.kept
+            return self._collective(node)
         if not isinstance(node.target, torch._ops.OpOverload) or node.target is WAIT or base_of(node) is not node:
-            return 0.0, 1.0
+            return Cost(0.0)
         if self._prepared(node):
-            return 0.0, 1.0
+            return Cost(0.0)
         name = str(node.target).split(".")[1]
         moved, flops = self.work(node)
         kind = _product(name)
-        seconds, beside = roofline(self.target, moved, flops, kind)
-        return seconds + (self.target.sustained.host if name == "host_sizes" else 0.0), beside
+        found = roofline(self.target, moved, flops, kind)
+        return found._replace(seconds=found.seconds + (name == "host_sizes") * self.target.sustained.host)
 
     def work(self, node: Node) -> tuple[float, dict[Any, float]]:
         """Bytes between a call and memory; FLOPs by the format of their operands, or `vector`."""
@@ -126,12 +126,12 @@ class NodeCosts:
         tokens = self.size(value.shape[0]) if isinstance(value, torch.Tensor) and value.dim() else 1
         return {"T": tokens, "B": load.requests, "C": load.context, "L": load.requests, "N4": 1.0, "NH": 1.0}
 
-    def _collective(self, node: Node) -> float:
+    def _collective(self, node: Node) -> Cost:
         kind = KINDS[node.target]
         read = node.args[0]
         assert isinstance(read, Node)
         value = node.meta["val"] if kind == "reduce_scatter" else read.meta["val"]
-        return collective_seconds(kind, self.bytes_of(value), self.axes.get(group_of(node), 1), self.target.link)
+        return sending(self.target, kind, self.bytes_of(value), self.axes.get(group_of(node), 1))
 
     def bytes_of(self, value: torch.Tensor) -> int:
         """Bytes of a fake tensor."""

@@ -23,6 +23,7 @@ from atomc.models.deepseek_v4.config import DeepseekV4Config
 from atomc.parallel.kinds import Kind
 from atomc.parallel.layout import Layout
 from atomc.parallel.links import collective_seconds
+from atomc.parallel.tasks import Cost
 from atomc.targets import Format, Target
 
 if TYPE_CHECKING:
@@ -90,37 +91,39 @@ class Operator:
     tiles: float = 0.0
     host: bool = False
 
-    def seconds(self, target: Target) -> float:
+    def cost(self, target: Target) -> Cost:
         """By the roofline; of a collective by the links."""
         if self.collective is not None:
-            return collective_seconds(self.collective, self.bytes, self.ranks, target.link)
-        return self._roofline(target)[0] + self.host * target.sustained.host
+            return sending(target, self.collective, self.bytes, self.ranks)
+        found = roofline(target, self.bytes, self.flops, self.product, self.tiles, self.launches)
+        return found._replace(seconds=found.seconds + self.host * target.sustained.host)
 
-    def beside(self, target: Target) -> float:
-        """Share of its speed that it keeps while the other stream runs."""
-        return target.link.kept if self.collective is not None else self._roofline(target)[1]
 
-    def _roofline(self, target: Target) -> tuple[float, float]:
-        return roofline(target, self.bytes, self.flops, self.product, self.tiles, self.launches)
+def sending(target: Target, kind: Kind, size: float, ranks: int) -> Cost:
+    """A collective; `size` as in `links.sent_bytes`."""
+    seconds = collective_seconds(kind, size, ranks, target.link)
+    return Cost(seconds, target.link.kept, seconds * target.link.power)
 
 
 def roofline(
     target: Target, size: float, flops: Mapping[Any, float], product: str, tiles: float = 0.0, launches: int = 1
-) -> tuple[float, float]:
-    """Seconds of an operator alone (`atomc.costs.predict`), and the share of its speed that it keeps by a collective.
+) -> Cost:
+    """An operator by the roofline (`atomc.costs.predict`), its products as fast as they are when power is no limit.
 
     Products come in whole rounds of tiles over all compute units; fewer tiles than units are cut along K. A collective
-    leaves what it does not take of the units and of the memory's rate.
+    leaves what it does not take of the units and of the memory's rate. Of the power, products take as many seconds as
+    they take in a long run of them.
     """
     units, link, sustained = target.compute_units, target.link, target.sustained
     rounds = max(1.0, math.ceil(tiles / units) * units / tiles) if tiles >= units else 1.0
     rate = {k: target.peaks.vector if k == "vector" else target.product_rate(product, k) for k in flops}
     compute = sum((1.0 if k == "vector" else rounds) * count / rate[k] for k, count in flops.items())
     memory = size / (target.memory_rate * sustained.memory)
-    seconds = max(memory, compute, sustained.launch * launches)
-    taken = min(0.9, link.copies * link.rate * link.share / (target.memory_rate * sustained.memory))
-    crowded = max(memory / (1 - taken), compute / (1 - link.units), seconds)
-    return seconds, seconds / crowded if crowded else 1.0
+    fast = compute / sustained.burst
+    seconds = max(memory, fast, sustained.launch * launches)
+    taken = min(0.9, link.copies * link.rate * link.share * link.kept / (target.memory_rate * sustained.memory))
+    crowded = max(memory / (1 - taken), fast / (1 - link.units), seconds)
+    return Cost(seconds, seconds / crowded if crowded else 1.0, max(compute, sustained.memory_power * memory))
 
 
 class LayerOperators:

@@ -136,15 +136,17 @@ def _task(
         if size is not None:
             buffers[place(name, True)] = size
     suffix = f".{half}" if halves > 1 else ""
+    cost = operator.cost(target)
     return Task(
         f"{layer}.{operator.name}{suffix}",
         "compute" if operator.collective is None else "collective",
-        operator.seconds(target),
+        cost.seconds,
         tuple(place(name, False) for name in operator.reads),
         tuple(place(name, True) for name in operator.writes),
         chunk=half,
         where=operator.group,
-        beside=operator.beside(target),
+        beside=cost.beside,
+        power=cost.power,
     )
 
 

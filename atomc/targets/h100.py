@@ -9,6 +9,12 @@ Residency: the same guide and the occupancy calculator (228 KiB of shared memory
 Links: reduce-scatter reaches 360 GB/s and all-gather 350 of 450 (nccl-tests, reported in NVIDIA/nccl#1281); 15
 microseconds for the least collective, assumed.
 
+Contention, from two H100 of one node under bfloat16 products of V4-Flash (benchmarks/results/overlap_nccl_h100.json):
+collectives of NCCL 2.28 kept 0.2 to 0.5 of their speed beside products, products 0.85 to 1.04 of theirs beside
+collectives, copies 0.83; products one after the other without a pause took 1.06 of what short runs of them took, and
+0.3 of the power for a collective is what then fits two chains of layers. Collectives of two devices reach 120 to 230
+GB/s in messages of 17 to 134 MB, less than the share above, which is of long ones of eight.
+
 Sustained, from one run on one H100 80GB HBM3: copy 3.0 TB/s, bf16 8192^3 730 to 800 TFLOP/s, FP8 1,238 TFLOP/s
 (cuBLASLt), and some 4 microseconds of ramp and tail a kernel of a captured graph. Another run copied at 2.42 TB/s and
 reached FP8 1,485 TFLOP/s; docs/inspect.md compares predictions at both rates with what was measured.
@@ -32,7 +38,15 @@ TARGET = Target(
     peaks=Peaks(bf16=9.894e14, fp8=1.9789e15, fp4=None, vector=6.69e13),
     memory_bytes=80_000_000_000,
     memory_rate=3.35e12,
-    link=Link(topology="switch", rate=450.0e9, devices=8, share=0.79, latency=15.0e-6, origin="reported"),
+    link=Link(
+        topology="switch",
+        rate=450.0e9,
+        devices=8,
+        share=0.79,
+        latency=15.0e-6,
+        origin="reported",
+        contention="measured",
+    ),
     residency=Residency(
         shared_bytes=228 * KIB,
         shared_granule=128,

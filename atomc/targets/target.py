@@ -92,6 +92,8 @@ class Sustained:
             narrower operands. launch: seconds that a launch in a captured graph takes at the least.
         origin: `measured` on a device of this kind, or `assumed` to be as on another.
         products: what plans reckon with instead of `matrix` (`Target.product_rate`).
+        burst: speed of products, over the sustained one, while the device is not held to its power: a long run of them
+            is. memory_power: share of the power that a kernel bound by memory takes.
         host: seconds that the compute stream idles after a kernel whose result the host waits for, until the next one
             that it launches runs; assumed everywhere.
     """
@@ -101,6 +103,8 @@ class Sustained:
     launch: float
     origin: Literal["measured", "assumed"]
     products: tuple[Product, ...] = ()
+    burst: float = 1.06
+    memory_power: float = 0.7
     host: float = 25.0e-6
 
 
@@ -115,9 +119,10 @@ class Link:
         share: part of the rate that a long collective reaches. latency: seconds that a collective takes at the least.
         origin: where share is from: `reported` in public for a device of this kind, or `assumed` to be as on another.
             Latencies are assumed everywhere.
-        units: share of the compute units that a collective holds while it runs. copies: bytes between a device and its
-            memory for each byte that it sends. kept: share of its rate that a collective keeps while compute runs.
-        contention: where these three are from.
+        units: share of the compute units that a collective takes from compute. copies: bytes between a device and its
+            memory for each byte that it sends. kept: share of its rate that a collective keeps while compute runs: it
+            waits for units, and shares them. power: share of the device's power that it takes.
+        contention: where these four are from, and `Sustained.burst`.
     """
 
     topology: Topology
@@ -126,9 +131,10 @@ class Link:
     share: float = 1.0
     latency: float = 0.0
     origin: Literal["reported", "assumed"] = "assumed"
-    units: float = 0.125
-    copies: float = 3.0
-    kept: float = 0.85
+    units: float = 0.05
+    copies: float = 3.6
+    kept: float = 0.35
+    power: float = 0.3
     contention: Origin = "assumed"
 
     @property
