@@ -14,7 +14,8 @@ Stand-ins:
 
 Columns: seconds of compute alone and of collectives alone; of the halves with every collective waited for; scheduled,
 predicted from the units' seconds and measured; the hidden share of the collectives, predicted and measured:
-1 - (scheduled - compute alone) / collectives alone; and their ratio, which is to be 85 % or more.
+1 - (scheduled - compute alone) / collectives alone; and their ratio, which is to be 85 % or more with the copy engine.
+The kernel waits for units and takes them, as a collective's does: its ratio says what contention costs.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ LAYOUTS = {"all-gather, reduce-scatter": "dp=8,moe=tp", "all-to-all": "dp=8,moe=
 FIRST = 2  # the first layer with compressed rows; kinds alternate from there
 WIDTH = 4096
 ROWS = 16  # workgroups of a stand-in kernel
+LIMIT = 0.85  # of the predicted hidden share
 
 
 @dataclass(frozen=True)
@@ -260,7 +262,7 @@ def row(name: str, found: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    """Print the table, write the file; 1 if any ratio is below 85 %, or a part failed."""
+    """Print the table, write the file; 1 if a ratio of the copy engine is below 85 %, or a part failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--layers", type=int, default=4)
@@ -293,7 +295,8 @@ def main() -> int:
                 print(f"{case}: failed: {error}", flush=True)
             if args.out:
                 args.out.write_text(json.dumps(found, indent=1) + "\n")
-    return int(bool(found["failed"]) or any(case["ratio"] < 0.85 for case in found["cases"].values()))
+    missed = [name for name, case in found["cases"].items() if name.startswith("engine") and case["ratio"] < LIMIT]
+    return int(bool(found["failed"] or missed))
 
 
 if __name__ == "__main__":

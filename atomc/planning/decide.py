@@ -16,7 +16,9 @@ from atomc.parallel.tasks import Schedule
 from atomc.planning.step import Step, form_of, schedule
 from atomc.targets import Target
 
-MARGIN: Final = 0.02  # of the whole step's time: below it a prediction by a roofline says nothing
+MARGIN: Final = (
+    0.03  # what predictions of twelve measured chains were off by (benchmarks/results/overlap_nccl_h100.json)
+)
 
 
 @dataclass(frozen=True)

@@ -48,9 +48,17 @@ def _experts(config: DeepseekV4Config, layout: Layout, reads: tuple[str, ...], w
     flops = everyone * config.num_experts_per_tok * 6 * d * inner / ranks
     width = inner if layout.moe == "ep" else inner / ranks
     moved = given * d * CODES + pairs * (d * CODES + width * (2 * CODES + 2) + d * 4) + made * d * PARTIAL
-    flops *= padded(everyone * config.num_experts_per_tok / config.n_routed_experts)
+    waste = padded(everyone * config.num_experts_per_tok / config.n_routed_experts)
     return Operator(
-        "experts", "experts", reads, {write: made * d * PARTIAL}, weights + moved, {"fp8": flops}, 4, product="experts"
+        "experts",
+        "experts",
+        reads,
+        {write: made * d * PARTIAL},
+        weights + moved,
+        {"fp8": flops},
+        4,
+        product="experts",
+        waste=waste,
     )
 
 

@@ -74,8 +74,8 @@ class NodeCosts:
             return Cost(0.0)
         name = str(node.target).split(".")[1]
         moved, flops = self.work(node)
-        kind = _product(name)
-        found = roofline(self.target, moved, flops, kind)
+        waste = padded(self._rows_each(node)) if _product(name) == "experts" else 1.0
+        found = roofline(self.target, moved, flops, _product(name), waste=waste)
         return found._replace(seconds=found.seconds + (name == "host_sizes") * self.target.sustained.host)
 
     def work(self, node: Node) -> tuple[float, dict[Any, float]]:
@@ -95,12 +95,17 @@ class NodeCosts:
         if product != "experts":
             return _traffic(work, at), flops
         mine, chosen = self.size(_named(node, "w13").meta["val"].shape[0]), _named(node, "indices").meta["val"].shape[1]
-        pairs = at["T"] * chosen * mine / self.experts  # of the rank's own experts
-        read = hit(self.experts, chosen).at(at) / self.experts * mine  # of them, those that some token chooses
-        expected = hit(mine, chosen).at(at)
+        read = hit(self.experts, chosen).at(at) / self.experts * mine  # own experts that some token chooses
         weights = sum(size.at(at) for slot, size in work.traffic.items() if slot in work.partly)
-        scale = mine / self.experts * padded(pairs / mine)
-        return _traffic(work, at) + weights * (read / expected - 1), {k: v * scale for k, v in flops.items()}
+        scale = mine / self.experts  # of all pairs of a token and an expert, those of its own experts
+        return _traffic(work, at) + weights * (read / hit(mine, chosen).at(at) - 1), {
+            k: v * scale for k, v in flops.items()
+        }
+
+    def _rows_each(self, node: Node) -> float:
+        """Rows of an expert, all chosen alike."""
+        chosen = _named(node, "indices").meta["val"].shape[1]
+        return float(self._symbols(node)["T"] * chosen / self.experts)
 
     def _prepared(self, node: Node) -> bool:
         """Whether it reads weights alone."""

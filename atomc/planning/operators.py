@@ -75,7 +75,7 @@ class Operator:
         bytes: between it and memory; of a collective, the size that `collective_seconds` takes. flops: by format.
         ranks: of a collective. product: which of the target's rates its matrix products have (`Product.kind`).
         tiles: of its products, together; 0 where it has none, or they are cut along K too.
-        host: whether the host waits for its result.
+        waste: what its products do over what they need: parts of tiles. host: whether the host waits for its result.
     """
 
     name: str
@@ -89,13 +89,14 @@ class Operator:
     ranks: int = 1
     product: str = ""
     tiles: float = 0.0
+    waste: float = 1.0
     host: bool = False
 
     def cost(self, target: Target) -> Cost:
         """By the roofline; of a collective by the links."""
         if self.collective is not None:
             return sending(target, self.collective, self.bytes, self.ranks)
-        found = roofline(target, self.bytes, self.flops, self.product, self.tiles, self.launches)
+        found = roofline(target, self.bytes, self.flops, self.product, self.tiles, self.waste, self.launches)
         return found._replace(seconds=found.seconds + self.host * target.sustained.host)
 
 
@@ -106,7 +107,13 @@ def sending(target: Target, kind: Kind, size: float, ranks: int) -> Cost:
 
 
 def roofline(
-    target: Target, size: float, flops: Mapping[Any, float], product: str, tiles: float = 0.0, launches: int = 1
+    target: Target,
+    size: float,
+    flops: Mapping[Any, float],
+    product: str,
+    tiles: float = 0.0,
+    waste: float = 1.0,
+    launches: int = 1,
 ) -> Cost:
     """An operator by the roofline (`atomc.costs.predict`), its products as fast as they are when power is no limit.
 
@@ -115,9 +122,9 @@ def roofline(
     they take in a long run of them.
     """
     units, link, sustained = target.compute_units, target.link, target.sustained
-    rounds = max(1.0, math.ceil(tiles / units) * units / tiles) if tiles >= units else 1.0
+    waste *= max(1.0, math.ceil(tiles / units) * units / tiles) if tiles >= units else 1.0
     rate = {k: target.peaks.vector if k == "vector" else target.product_rate(product, k) for k in flops}
-    compute = sum((1.0 if k == "vector" else rounds) * count / rate[k] for k, count in flops.items())
+    compute = sum((1.0 if k == "vector" else waste) * count / rate[k] for k, count in flops.items())
     memory = size / (target.memory_rate * sustained.memory)
     fast = compute / sustained.burst
     seconds = max(memory, fast, sustained.launch * launches)
@@ -299,8 +306,8 @@ def tiles(rows: float, columns: float) -> float:
 
 
 def padded(rows: float) -> float:
-    """Rows of an expert with what its last tile has too much, on average, over its rows."""
-    return 1 + min(EXPERT_TILE, rows) / 2 / rows if rows > 0 else 1.0
+    """Rows of an expert with what its last tile has too much, on average, over its rows; few have small tiles."""
+    return 1 + min(EXPERT_TILE, rows) / 2 / rows
 
 
 def expert_bytes(config: DeepseekV4Config) -> float:

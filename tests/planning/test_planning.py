@@ -5,20 +5,27 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from atomc.cli.failure import OptionError
 from atomc.cli.timeline import draw_artifact
 from atomc.models.bundled import bundled_config, bundled_path
+from atomc.parallel.borders import Border
 from atomc.parallel.layout import LayoutError, parse_layout
+from atomc.parallel.tasks import Issue
 from atomc.planning.decide import decide
 from atomc.planning.memory import request_bytes, weight_bytes
 from atomc.planning.operators import LayerOperators, Part
 from atomc.planning.ranking import Row, Workload, WorkloadError, _explained, _row, layouts
-from atomc.planning.step import Step, step_graph
+from atomc.planning.step import Step, by_regions, form_of, schedule, step_tasks
 from atomc.targets import get_target
+from tests.support import schedules
 from tests.support.cli import Cli
+
+if TYPE_CHECKING:
+    from atomc.passes.shard import Form
 
 FLASH, PRO = bundled_config("deepseek-v4-flash"), bundled_config("deepseek-v4-pro")
 ONE, MI355X = parse_layout("dp=1"), get_target("mi355x")
@@ -60,13 +67,14 @@ def test_ranks_share_the_work(layout: str) -> None:
 
 
 def test_what_layouts_send() -> None:
-    def sent(layout: str) -> Counter[str]:
-        operators = LayerOperators(FLASH, 2, parse_layout(layout), Part(64, 1, 64)).operators
+    def sent(layout: str, form: Form = "gather") -> Counter[str]:
+        operators = LayerOperators(FLASH, 2, parse_layout(layout), Part(64, 1, 64), form).operators
         return Counter(o.collective for o in operators if o.collective)
 
     assert sent("dp=1") == {}
     assert sent("dp=8,moe=tp") == {"all_gather": 1, "reduce_scatter": 1}
-    assert sent("dp=8,moe=ep") == {"all_to_all": 3}  # counts, rows, rows back
+    assert sent("dp=8,moe=ep") == {"all_gather": 1, "reduce_scatter": 1}
+    assert sent("dp=8,moe=ep", "route") == {"all_to_all": 3}  # counts, rows, rows back
     assert sent("tp=8") == {"all_reduce": 3}  # output projection, index scores, experts
     assert sent("tp=2,dp=4") == {"all_gather": 1, "reduce_scatter": 1, "all_reduce": 3}
 
@@ -86,22 +94,68 @@ def test_the_halves_are_the_step() -> None:
 def test_a_graph_in_halves_has_every_task_twice() -> None:
     layout = parse_layout("dp=8,moe=tp")
     step = Step(4096, 1, 4096)
-    whole, halves = (step_graph(FLASH, layout, MI355X, parts or [], [0, 2]) for parts in (step.whole, step.halves))
+    parts = [step.whole, step.halves or []]
+    whole, halves = (step_tasks(FLASH, layout, MI355X, p, [0, 2]).graph for p in parts)
     twice = Counter(task.name.rsplit(".", 1)[0] for task in halves.tasks)
     assert twice == {task.name: 2 for task in whole.tasks}
 
 
 @pytest.mark.parametrize("layout", ["dp=8,moe=tp,tbo=auto", "dp=8,moe=ep,tbo=auto"])
-def test_prefill_gains_and_small_decode_is_declined(layout: str) -> None:
-    """The published signs: prefill a few to 25 per cent, small decode a loss of 9 to 22."""
-    on = decide(FLASH, parse_layout(layout), MI355X, Step(8192, 1, 8192))
+@pytest.mark.parametrize("config", [FLASH, PRO], ids=["flash", "pro"])
+def test_prefill_gains_and_small_decode_is_declined(config: Any, layout: str) -> None:
+    """The published signs: prefill a few to 25 per cent, small decode a loss (docs/planning.md has the figures)."""
+    on = decide(config, parse_layout(layout), MI355X, Step(8192, 1, 8192))
     assert on.on
-    assert on.gain > 0.02
-    off = decide(FLASH, parse_layout(layout), MI355X, Step(8, 8, 8192))
+    assert 0.14 < on.gain < 0.19
+    assert on.halves is not None
+    busy, sent = (sum(t.seconds for t in on.halves.graph.tasks if t.stream == s) for s in ("compute", "collective"))
+    assert on.halves.seconds > max(busy, sent)
+    off = decide(config, parse_layout(layout), MI355X, Step(8, 8, 8192))
     assert not off.on
-    assert off.gain < -0.05
+    assert -0.5 < off.gain < -0.09
     assert "weights read twice" in off.why
     assert off.chosen is off.whole
+
+
+def test_a_step_is_its_regions_schedules() -> None:
+    """Region by region, each once for its kind; what is left open between them is waited for in the next."""
+    layout, halves = parse_layout("dp=8,moe=tp"), Step(4096, 1, 4096).halves or []
+    step = step_tasks(FLASH, layout, MI355X, halves)
+    found = by_regions(step)
+    assert schedules.faults_between(step.graph, list(found.issues)) == []
+    place = {issue: at for at, issue in enumerate(found.issues)}
+    for layer in range(FLASH.num_hidden_layers - 1):
+        last = f"{layer}.scatter.1"
+        assert step.regions[layer][-1].name == f"{layer}.add_shared.1"
+        after = [place[Issue("run", t.name)] for t in step.regions[layer + 1] if t.stream == "compute" and not t.chunk]
+        assert place[Issue("start", last)] < min(after) < place[Issue("wait", last)]
+        own = [
+            i for i in place if i.task.startswith(f"{layer}.") and i.action != "wait" and "add_shared.1" not in i.task
+        ]
+        assert max(place[i] for i in own) < min(after)
+
+
+def test_whole_steps_leave_nothing_open() -> None:
+    layout = parse_layout("dp=8,moe=tp")
+    found = schedule(FLASH, layout, MI355X, Step(4096, 1, 4096).whole, layers=[2, 3])
+    place = {issue: at for at, issue in enumerate(found.issues)}
+    assert place[Issue("wait", "2.scatter")] < place[Issue("run", "3.streams_attention")]
+    shares = {why.task.split(".")[1]: why.exposed for why in found.why}
+    assert set(shares) == {"gather", "scatter"}
+
+
+def test_open_borders_gain_what_closed_ones_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The difference that docs/planning.md states."""
+    gain = decide(FLASH, parse_layout("dp=8,tbo=auto"), MI355X, Step(8192, 1, 8192)).gain
+    monkeypatch.setattr("atomc.planning.step.cut", lambda region: Border(tuple(region), None, ()))
+    assert decide(FLASH, parse_layout("dp=8,tbo=auto"), MI355X, Step(8192, 1, 8192)).gain < gain - 0.05
+
+
+def test_forms_are_those_of_a_compile() -> None:
+    """On a GPU every step gathers; on the cpu prefill with whole experts routes."""
+    layout = parse_layout("dp=2,moe=ep")
+    assert form_of(layout, MI355X, "prefill") == form_of(layout, MI355X, "decode") == "gather"
+    assert form_of(layout, get_target("cpu"), "prefill") == "route"
 
 
 def test_what_tbo_asks_for() -> None:
@@ -123,10 +177,10 @@ def row(layout: str, workload: Workload, config: object = PRO) -> Row:
 def test_data_parallel_attention_overtakes_tensor_parallel_with_concurrency() -> None:
     """As published for V4-Pro: more for each doubling of requests, and the other way round for a few of them."""
     lead = []
-    for requests in (4, 64, 256):
+    for requests in (1, 4, 64, 256):
         work = Workload.parse("8k/1k", requests)
         lead.append(row("dp=8,moe=tp,tbo=off", work).throughput / row("tp=8,moe=tp,tbo=off", work).throughput - 1)
-    assert lead[0] < 0 < lead[1] < lead[2]
+    assert -0.1 < lead[0] < 0 < lead[1] < lead[2] < lead[3] < 1
 
 
 @pytest.mark.slow

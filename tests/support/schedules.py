@@ -53,6 +53,34 @@ def faults(graph: TaskGraph, issues: list[Issue]) -> list[str]:
     return found + [f"{name} is waited for before it starts" for name in late]
 
 
+def faults_between(graph: TaskGraph, issues: list[Issue]) -> list[str]:
+    """As `faults`, for graphs too large for every pair: each dependence on its own, one that reads a name after it."""
+    over: dict[str, int] = {}  # when it is known to be over: a run at its issue, a collective at its wait
+    begun: dict[str, int] = {}
+    for at, (action, name) in enumerate(issues):
+        if action != "start":
+            over[name] = at
+        begun.setdefault(name, at)
+    collectives = {task.name for task in graph.tasks if task.stream == "collective"}
+    return [
+        f"{after} may begin before {before} is over"
+        for before, after in conflicts_of_names(graph)
+        if (begun if {before, after} <= collectives else over)[before] >= begun[after]
+    ]
+
+
+def conflicts_of_names(graph: TaskGraph) -> Iterator[tuple[str, str]]:
+    """`conflicts`, name by name."""
+    touching: dict[str, list[tuple[int, Task, bool]]] = {}
+    for at, task in enumerate(graph.tasks):
+        for name in {*task.reads, *task.writes}:
+            touching.setdefault(name, []).append((at, task, name in task.writes))
+    for users in touching.values():
+        for (_, a, writes), (_, b, also) in itertools.combinations(users, 2):
+            if writes or also:
+                yield a.name, b.name
+
+
 def clock(graph: TaskGraph, issues: list[Issue]) -> dict[str, tuple[float, float]]:
     """When each task runs, from the happens-before rules alone: as soon as all that must be over is over."""
     seconds = {task.name: task.seconds for task in graph.tasks}
