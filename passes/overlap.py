@@ -21,7 +21,8 @@ Pseudo-code:
             of the compute tasks that may run, issue the one that stalls least, then the highest priority
             before it, wait for the collectives that it needs
             if memory lets none run, wait for a collective, whose arguments it frees
-    the order given, each collective waited for at once, is one of the candidates: the result is never slower than it
+    the order given is one of the candidates (a window of one); where streams slow one another, or memory is bounded, so
+        is each collective waited for at once: the result is never slower than that
     keep the fastest schedule within the memory limit, of equals the one with the lower peak; look no further after
         one that takes no longer than the longest chain, or all compute. What is left open may last as long after the
         end of compute as it takes: what comes after is given it whole
@@ -149,9 +150,11 @@ def _candidates(problem: _Problem, limit: int | None) -> Iterator[Schedule]:
             yield found
             if problem.cost(found)[0] <= problem.bound * (1 + ROUNDING):
                 return
-    blocking = simulate(problem.graph, problem.in_order)
-    if limit is None or blocking.peak <= limit:
-        yield blocking
+    slowing = any(task.beside < 1 for task in problem.graph.tasks)
+    if slowing or limit is not None:
+        blocking = simulate(problem.graph, problem.in_order)
+        if limit is None or blocking.peak <= limit:
+            yield blocking
 
 
 def _list_schedule(

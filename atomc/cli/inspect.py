@@ -98,7 +98,8 @@ def _draw_timeline(path: Path, opened: Opened, parallel: str, batch: int | None,
 
     manifest = opened.manifest
     requests, tokens = batch or manifest.limits.max_requests, context or manifest.limits.max_context
-    draw_artifact(path, opened.folder, manifest.model, manifest.target, parallel, requests, tokens)
+    most = manifest.limits.max_batch_tokens
+    draw_artifact(path, opened.folder, manifest.model, manifest.target, parallel, requests, tokens, most)
 
 
 def _emit(opened: Opened, kernels: bool, batch: int | None, context: int | None) -> None:

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from atomc.targets import Target
 
 NOTE = (
-    "One rank of the layout, all ranks alike. Predicted from formulas of the model's sizes, the target's rates and "
-    "links; nothing is measured, and what a collective takes of the compute units while it runs is not counted."
+    "One rank of the layout, all ranks alike. Predicted from formulas of the model's sizes, not from the artifact's "
+    "graphs, and the target's rates, links and power (docs/planning.md); nothing is measured."
 )
 WINDOW = 4e-3  # seconds of the middle of a step that are drawn large
 
@@ -75,9 +75,9 @@ def write_timeline(path: Path, title: str, schedules: Sequence[tuple[str, Schedu
 
 
 def draw_artifact(
-    path: Path, folder: Path, model: str, target_name: str, parallel: str, batch: int, context: int
+    path: Path, folder: Path, model: str, target_name: str, parallel: str, batch: int, context: int, most: int
 ) -> None:
-    """A prefill of `context` tokens and a decode step of `batch` requests, of an artifact's model."""
+    """The last step of a prefill of `context` tokens, `most` a step, and a decode step of `batch` requests."""
     from atomc.models.deepseek_v4.config import load_config
     from atomc.planning.decide import decide
     from atomc.planning.step import Step
@@ -85,6 +85,6 @@ def draw_artifact(
 
     config, target = load_config(folder / "config.json"), get_target(target_name)
     layout = layout_of(parallel, config, target)
-    steps = [Step(context, 1, context), Step(batch, batch, context)]
+    steps = [Step(min(context, most), 1, context), Step(batch, batch, context)]
     decisions = [decide(config, layout, target, step) for step in steps]
     write_timeline(path, f"{model} for {target_name}, {layout}", schedules_of(decisions))

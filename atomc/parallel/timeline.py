@@ -2,7 +2,9 @@
 
 Terms:
     bar      a task, as wide as it lasts; colours are of what it belongs to, the second micro-batch is darker
-    exposed  hatched on the compute stream: it waits for a collective
+    exposed  pale red on the compute stream: it waits, for the collective that runs then
+    issued   when the host's order reaches a task: what is live is drawn at the compute stream's clock, which never goes
+             back, though a collective that is issued then may begin later
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import json
 from collections.abc import Sequence
 from typing import Any, Final
 
-from atomc.parallel.tasks import Schedule, Span, Task
+from atomc.parallel.tasks import Schedule, Span, Task, meetings
 
 WIDTH, LANE, GAP, LEFT = 1120, 34, 10, 104
 COLOURS: Final = {
@@ -53,7 +55,7 @@ def svg(schedule: Schedule, window: Span | None = None, whole: float | None = No
             parts.append(_bar(task, x(span.start), x(span.end), lanes[task.stream], span))
     for name, span in _held_up(schedule):
         if span.end > shown.start and span.start < shown.end:
-            title = f"waits {_time(span.end - span.start)} for {html.escape(name)}"
+            title = f"waits {_time(span.end - span.start)} while {html.escape(name)} runs"
             parts.append(
                 f'<rect x="{x(span.start):.2f}" y="{lanes["compute"]}" width="{x(span.end) - x(span.start):.2f}" '
                 f'height="{LANE}" fill="#e45756" fill-opacity=".18"><title>{title}</title></rect>'
@@ -78,15 +80,30 @@ def _bar(task: Task, left: float, right: float, y: float, span: Span) -> str:
 
 
 def _held_up(schedule: Schedule) -> list[tuple[str, Span]]:
-    """When the compute stream waits, and for which collective."""
-    found: list[tuple[str, Span]] = []
+    """When the compute stream waits, and which collective runs then: exposed are the same seconds."""
+    gaps: list[Span] = []
     busy = 0.0
     for action, name in schedule.issues:
+        start, end = schedule.spans[name] if action == "run" else (schedule.spans[name].end, busy)
+        if action != "start" and start > busy:
+            gaps.append(Span(busy, start))
+        if action != "start":
+            busy = max(busy, start, end)
+    sends = [task.name for task in schedule.graph.tasks if task.stream == "collective"]
+    found = meetings([schedule.spans[name] for name in sends], gaps)
+    spans = [(sends[at], schedule.spans[sends[at]], gaps[gap]) for at, gap, _ in found]
+    return [(name, Span(max(a.start, b.start), min(a.end, b.end))) for name, a, b in spans]
+
+
+def issued(schedule: Schedule) -> list[float]:
+    """Seconds of the compute stream's clock at each issue."""
+    found, clock = [], 0.0
+    for action, name in schedule.issues:
+        if action != "start":
+            clock = max(clock, schedule.spans[name].end if action == "wait" else schedule.spans[name].start)
+        found.append(clock)
         if action == "run":
-            busy = schedule.spans[name].end
-        elif action == "wait" and schedule.spans[name].end > busy:
-            found.append((name, Span(busy, schedule.spans[name].end)))
-            busy = schedule.spans[name].end
+            clock = schedule.spans[name].end
     return found
 
 
@@ -95,8 +112,7 @@ def _memory(schedule: Schedule, x: Any, shown: Span, height: float) -> str:
     top, bottom = 2 * LANE + 2 * GAP + 10, height - 26
     peak = schedule.peak or 1
     points: list[str] = []
-    for (action, name), live in zip(schedule.issues, schedule.live, strict=True):
-        at = schedule.spans[name].end if action == "wait" else schedule.spans[name].start
+    for at, live in zip(issued(schedule), schedule.live, strict=True):
         if shown.start <= at <= shown.end:
             points.append(f"{x(at):.1f},{bottom - live / peak * (bottom - top):.1f}")
     text = f'<text x="{WIDTH - 4}" y="{top + 2}" text-anchor="end">peak {schedule.peak / 2**20:,.1f} MiB</text>'
@@ -142,8 +158,9 @@ def summary(schedule: Schedule) -> str:
     exposed = sum(schedule.exposed.values())
     idle = sum(gap.end - gap.start for gap in schedule.bubbles("collective"))
     waits = sum(gap.end - gap.start for gap in schedule.bubbles("compute"))
+    power = f", {_time(schedule.throttled)} of it because of power" if schedule.throttled else ""
     return (
-        f"{_time(schedule.seconds)} predicted; "
+        f"{_time(schedule.seconds)} predicted{power}; "
         f"communication {_time(schedule.communication)}, exposed {_time(exposed)}; "
         f"bubbles {_time(waits)} of compute, {_time(idle)} of communication; peak {schedule.peak / 2**20:,.1f} MiB"
     )
@@ -176,7 +193,6 @@ def chrome_trace(schedules: Sequence[tuple[str, Schedule]]) -> str:
                 {"ph": "X", "name": task.name, "cat": task.stream, "pid": process, "tid": int(task.stream != "compute"),
                  "ts": span.start * 1e6, "dur": (span.end - span.start) * 1e6, "args": shown}
             )  # fmt: skip
-        for (action, task_name), live in zip(schedule.issues, schedule.live, strict=True):
-            at = schedule.spans[task_name].end if action == "wait" else schedule.spans[task_name].start
+        for at, live in zip(issued(schedule), schedule.live, strict=True):
             events.append({"ph": "C", "name": "live bytes", "pid": process, "ts": at * 1e6, "args": {"bytes": live}})
     return json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}) + "\n"

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import xml.etree.ElementTree as ElementTree
 
+import pytest
+
 from atomc.parallel.tasks import Span, Task, TaskGraph
-from atomc.parallel.timeline import chrome_trace, page, summary, svg
+from atomc.parallel.timeline import _held_up, chrome_trace, page, summary, svg
 from atomc.passes.overlap import overlap
 from tests.support.schedules import halves
 
@@ -30,9 +32,27 @@ def test_the_picture_is_well_formed_and_shows_every_bar() -> None:
     drawn = ElementTree.fromstring(svg(found))
     titles = [title.text or "" for title in drawn.iter("title")]
     assert sum(": " in title for title in titles) == len(found.graph.tasks)
-    assert sum(title.startswith("waits 1000.000 ms for scatter2.1") for title in titles) == 1
+    assert sum(title.startswith("waits 1000.000 ms while scatter2.1 runs") for title in titles) == 1
     part = ElementTree.fromstring(svg(found, Span(0.0, 2.0)))
     assert len(list(part.iter("title"))) < len(titles)
+
+
+def test_live_bytes_are_drawn_forwards_and_waits_are_what_is_exposed() -> None:
+    """A collective is issued before it begins; two in a row are each blamed for the seconds in which they run."""
+    tasks = (
+        Task("a", "compute", 1e-3, (), ("x", "z")),
+        Task("c", "collective", 2e-3, ("x",), ("y",)),
+        Task("d", "collective", 3e-3, ("z",), ("w",)),
+        Task("b", "compute", 1e-3, ("y", "w"), ("v",)),
+    )
+    for graph in (TaskGraph(tasks, dict.fromkeys("xyzwv", 8)), halves(4, 2.0, 1.5)):
+        found = overlap(graph)
+        times = [e["ts"] for e in json.loads(chrome_trace([("", found)]))["traceEvents"] if e["ph"] == "C"]
+        assert times == sorted(times)
+        held: dict[str, float] = {}
+        for name, span in _held_up(found):
+            held[name] = held.get(name, 0.0) + span.end - span.start
+        assert held == pytest.approx({name: s for name, s in found.exposed.items() if s})
 
 
 def test_a_page_compares_schedules_and_says_why() -> None:

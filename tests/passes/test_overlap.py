@@ -17,27 +17,31 @@ BUFFERS, STATE = ("a", "b", "c", "d", "e"), ("cache", "ring")
 
 
 @st.composite
-def graphs(draw: Any, most: int = 9) -> TaskGraph:
-    """Tasks that read and write a few buffers and some state; half of them collectives; seconds may be zero."""
+def graphs(draw: Any, most: int = 9, shares: tuple[float, ...] = ()) -> TaskGraph:
+    """Tasks that read and write a few buffers and some state; half of them collectives; seconds may be zero.
+
+    `shares`: of their speed that some tasks keep beside the other stream.
+    """
     tasks = []
     for number in range(draw(st.integers(1, most))):
         stream: Stream = draw(st.sampled_from(("compute", "collective")))
         names = st.lists(st.sampled_from((*BUFFERS, *STATE)), max_size=3, unique=True)
         told = draw(st.lists(st.integers(0, number - 1), max_size=1)) if number else []
         after = tuple(f"t{i}" for i in told)
-        seconds = float(draw(st.integers(0, 5)))
-        tasks.append(Task(f"t{number}", stream, seconds, tuple(draw(names)), tuple(draw(names)), after))
+        seconds, beside = float(draw(st.integers(0, 5))), draw(st.sampled_from((1.0, 1.0, *shares)))
+        task = Task(f"t{number}", stream, seconds, tuple(draw(names)), tuple(draw(names)), after, beside=beside)
+        tasks.append(task)
     sizes = {name: draw(st.integers(0, 9)) for name in BUFFERS}
     return TaskGraph(tuple(tasks), sizes, frozenset(draw(st.lists(st.sampled_from(BUFFERS), max_size=2))))
 
 
 def check(graph: TaskGraph, share: float | None) -> None:
-    """A schedule with any memory, or with `share` of the way from what some order takes at least to any."""
+    """A schedule with any memory, or with `share` of the way from what some order takes at least to what it took."""
     free = overlap(graph)
     limit = None
     if share is not None:
-        least = simulate(graph, in_order(graph)).peak
-        limit = round(least + share * max(0, free.peak - least))
+        least = min(free.peak, simulate(graph, in_order(graph)).peak)
+        limit = round(least + share * (free.peak - least))
     found = overlap(graph, limit)
     issues = list(found.issues)
     assert schedules.faults(graph, issues) == []
@@ -80,6 +84,55 @@ def test_schedules_of_random_graphs_are_legal(graph: TaskGraph, share: float | N
     check(graph, share)
 
 
+@given(graphs(9, (0.5, 0.25)))
+@settings(max_examples=200)
+def test_streams_that_slow_one_another_down(graph: TaskGraph) -> None:
+    """Legal, never slower than no overlap, and every task does its work: at its share while the other stream runs."""
+    found = overlap(graph)
+    assert schedules.faults(graph, list(found.issues)) == []
+    assert found.seconds <= simulate(graph, in_order(graph)).seconds + 1e-9
+    for task in graph.tasks:
+        span = found.spans[task.name]
+        others = [found.spans[other.name] for other in graph.tasks if other.stream != task.stream]
+        both = sum(max(0.0, min(span.end, o.end) - max(span.start, o.start)) for o in others)
+        assert span.end - span.start - both + both * task.beside == pytest.approx(task.seconds, abs=1e-9)
+
+
+def test_power_bounds_a_step() -> None:
+    """What all tasks take of the power together is the least time, whatever is hidden."""
+    tasks = (
+        Task("a", "compute", 1.0, (), ("x",), power=1.25),
+        Task("c", "collective", 1.0, ("x",), ("y",), power=0.5),
+        Task("other", "compute", 1.0, (), ("z",), power=1.25),
+        Task("b", "compute", 1.0, ("y", "z"), ("w",), power=1.25),
+    )
+    found = overlap(TaskGraph(tasks))
+    assert (found.seconds, found.throttled) == (4.25, 1.25)
+    assert sum(found.exposed.values()) == 0
+    assert simulate(TaskGraph(tasks), in_order(TaskGraph(tasks))).throttled == 0.25
+
+
+def test_a_region_that_is_stitched_to_others() -> None:
+    """What is pending starts first and is waited for where it is needed; what is open is started and not waited for."""
+    tasks = (
+        Task("before", "collective", 2.0, ("m", "b"), ("m", "b")),
+        Task("first", "compute", 2.0, ("a",), ("x",)),
+        Task("gather", "collective", 1.0, ("x",), ("y",)),
+        Task("second", "compute", 2.0, ("b",), ("z",)),
+        Task("experts", "compute", 1.0, ("y",), ("p",)),
+        Task("last", "collective", 3.0, ("z",), ("q",)),
+    )
+    graph = TaskGraph(tasks, dict.fromkeys("abmxyzpq", 10), frozenset("pq"), ("before",), frozenset({"last"}))
+    found = overlap(graph, require=True)
+    assert [str(i.task) for i in found.issues][:2] == ["before", "first"]
+    assert Issue("wait", "last") not in found.issues
+    assert Issue("wait", "before") in found.issues
+    assert (found.computed, found.spans["last"].end) == (5.0, 7.0)
+    assert found.live[-1] == 30  # results, and what the open collective reads
+    with pytest.raises(TaskError, match="last is never waited for"):
+        simulate(TaskGraph(tasks, graph.buffers, graph.results, ("before",)), found.issues)
+
+
 @pytest.mark.slow
 @given(graphs(14), st.sampled_from((None, 0.0, 0.5)))
 @settings(max_examples=3000)
@@ -112,6 +165,34 @@ def test_the_gap_to_the_best_order_of_tiny_graphs(record_property: Any) -> None:
     record_property("optimal", f"{exact} of {len(gaps)}, mean gap {sum(gaps) / len(gaps):.3%}, worst {max(gaps):.1%}")
     assert exact >= 0.9 * len(gaps)
     assert max(gaps) < 0.25
+
+
+def test_reasons_hold_in_every_order() -> None:
+    """No independent compute, or too little: then no order exposes less. Memory: none within the limit does better."""
+    seen: set[str] = set()
+    for graph in map(tiny, map(random.Random, range(60))):
+        found = overlap(graph)
+        orders = [simulate(graph, issues) for issues in schedules.every_order(graph)]
+        for why in found.why:
+            seconds = next(task.seconds for task in graph.tasks if task.name == why.task)
+            least = min(order.exposed[why.task] for order in orders)
+            if why.reason == "no compute is independent of it":
+                seen.add("none")
+                assert least == seconds
+            elif why.reason.startswith("compute independent of it takes"):
+                seen.add("too little")
+                work = sum(task.seconds for task in graph.tasks if task.name in why.by)
+                assert least >= seconds - work > 0
+            else:  # these speak of the order found alone
+                assert why.reason in ELSEWHERE
+                seen.add("elsewhere")
+    assert seen == {"none", "too little", "elsewhere"}
+
+
+ELSEWHERE = (
+    "compute independent of it hides other collectives",
+    "the order found uses the compute that is independent of it elsewhere",
+)
 
 
 # -- what must come out ------------------------------------------------------------------------------------------------

@@ -233,13 +233,14 @@ def test_the_command(cli: Cli) -> None:
 def test_the_timeline_of_an_artifact(tmp_path: Path) -> None:
     """What `inspect --timeline` draws, from an artifact's config.json and target: prefill and decode, whole and cut."""
     folder = bundled_path("deepseek-v4-nano")
-    draw_artifact(tmp_path / "t.html", folder, "nano", "mi355x", "dp=2,moe=ep,tbo=auto", 8, 512)
+    draw_artifact(tmp_path / "t.html", folder, "nano", "mi355x", "dp=2,moe=ep,tbo=auto", 8, 512, 256)
+    assert "prefill, 256 tokens of 1 requests a rank" in (tmp_path / "t.html").read_text()
     assert (tmp_path / "t.html").read_text().count("two micro-batches") == 2
-    draw_artifact(tmp_path / "t.json", folder, "nano", "mi355x", "dp=2,moe=ep,tbo=all", 8, 512)
+    draw_artifact(tmp_path / "t.json", folder, "nano", "mi355x", "dp=2,moe=ep,tbo=all", 8, 512, 512)
     events = json.loads((tmp_path / "t.json").read_text())["traceEvents"]
     assert sum(event["name"] == "process_name" for event in events) == 4
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["t.html", "t.json"]
     with pytest.raises(LayoutError, match="does not divide"):
-        draw_artifact(tmp_path / "t.html", folder, "nano", "mi355x", "tp=3", 8, 512)
+        draw_artifact(tmp_path / "t.html", folder, "nano", "mi355x", "tp=3", 8, 512, 512)
     with pytest.raises(OptionError, match="no GPU"):
-        draw_artifact(tmp_path / "t.html", folder, "nano", "cpu", "dp=2", 8, 512)
+        draw_artifact(tmp_path / "t.html", folder, "nano", "cpu", "dp=2", 8, 512, 512)
