@@ -23,7 +23,8 @@ from atomc.artifact.agreement import Proven
 from atomc.artifact.check import check_program
 from atomc.artifact.kernels import KernelFacts, write_kernel
 from atomc.artifact.manifest import SCHEMA_VERSION, Limits, Manifest, Serving
-from atomc.artifact.plan import CallPlan, ProgramPlan, RegionPlan, StateTensor, buckets_of
+from atomc.artifact.order import buckets_of
+from atomc.artifact.plan import CallPlan, ProgramPlan, RegionPlan, StateTensor
 from atomc.artifact.ranks import FILE as RANKS_FILE
 from atomc.artifact.ranks import RanksPlan
 from atomc.artifact.store import artifact_hash, check_output, encode, hash_file, write_manifest, writing

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from torch.fx import GraphModule
 
-from atomc.artifact.plan import RegionPlan, buckets_of
+from atomc.artifact.order import buckets_of
+from atomc.artifact.plan import RegionPlan
 from atomc.capture import Input, Region
 from atomc.codegen.device import Variant
 from atomc.codegen.lower import Lowering

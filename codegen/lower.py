@@ -169,7 +169,7 @@ class Lowering:
         read: list[Node] = []
         map_arg((args, kwargs), read.append)
         tensors = [n for n in read if isinstance(n.meta["val"], FakeTensor)]
-        values = [map_arg(a, lambda n: n.meta["val"]) for a in args]
+        values, kwargs = map_arg((list(args), kwargs), lambda n: n.meta["val"])
         most = of_bucket(self.bounds, tokens)
         rows = max(tokens, *(self._rows(n, most) for n in tensors))
         try:

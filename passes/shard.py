@@ -35,7 +35,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from atomc.errors import RecipeError
-from atomc.ops import placement_rules as _rules
+from atomc.ops import placement_exchange as _rules
 from atomc.ops.placement import PARTIAL, REPLICATE, Mesh, Placement, PlacementError, Shard
 from atomc.parallel.collectives import WAIT, c10d
 from atomc.parallel.propagate import Placed, place_node, sizes_of

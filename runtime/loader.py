@@ -13,8 +13,10 @@ from torch import Tensor
 
 from atomc.artifact.agreement import prove_layout
 from atomc.artifact.check import check_program, check_weights
+from atomc.artifact.kernels import check_kernels
 from atomc.artifact.manifest import Manifest
-from atomc.artifact.plan import ProgramPlan, RegionPlan, buckets_of
+from atomc.artifact.order import buckets_of
+from atomc.artifact.plan import ProgramPlan, RegionPlan
 from atomc.artifact.ranks import FILE, RanksPlan, find, part_recipe
 from atomc.artifact.store import ArtifactError, decode, read_manifest, verify
 from atomc.recipes import Concat, Load, Recipe, Slice, TensorSpec
@@ -70,6 +72,7 @@ def load(folder: Path, progress: Callable[[str], None] = lambda _: None) -> Load
     program, regions = read_plan(folder)
     weights = read_weights(folder, manifest)
     check_program(str(folder), manifest, program, regions, weights)
+    check_kernels(folder, regions)
     return LoadedArtifact(folder, manifest, program, regions, weights)
 
 

@@ -19,7 +19,7 @@ from atomc.artifact.ranks import Kind
 from atomc.ops import Batch
 from atomc.runtime.collectives import Groups
 from atomc.runtime.errors import BatchError, ServingError
-from atomc.runtime.executor import Between, BoundCall, Executor, PoolSizes, Watch, allocate
+from atomc.runtime.executor import Between, BoundCall, Executor, PoolSizes, Watch, allocate, memory_told
 from atomc.runtime.loader import LoadedRank, load_rank
 
 
@@ -41,11 +41,23 @@ class RankExecutor(Executor):
     least = 0
 
     def __init__(self, artifact: LoadedRank, pools: PoolSizes, groups: Groups) -> None:
+        """Bind and rehearse, on all ranks at one time.
+
+        Raises:
+            ArtifactError: the plan does not run. ServingError: the memory does not suffice, or this is another rank.
+        """
         if groups.rank != artifact.rank or groups.mesh != artifact.plan.mesh:
             raise ServingError(
                 f"This process is rank {groups.rank} of {groups.mesh.axes}, and has the weights of rank "
                 f"{artifact.rank} of {artifact.plan.layout}."
             )
+        self._agreed: Agreement | None = None
+        with memory_told():
+            self._bind_rank(artifact, pools, groups)
+            self.rehearse()
+
+    def _bind_rank(self, artifact: LoadedRank, pools: PoolSizes, groups: Groups) -> None:
+        """Put weights and state in place, for every form."""
         self.folder, self.serving = artifact.folder, artifact.manifest.serving
         self.tokenizer_path = artifact.folder / "tokenizer.json"
         self.pools, self.plan, self.rank = pools, artifact.plan, artifact.rank
@@ -63,8 +75,6 @@ class RankExecutor(Executor):
             ]
             for name, form in self.plan.forms.items()
         }
-        self._agreed: Agreement | None = None
-        self.rehearse()
 
     @classmethod
     def load_rank(

@@ -48,8 +48,6 @@ def check_program(
         f"plan/{FILE}: {plan.layout}, {form}": plan.program(form, program) for plan in ranks for form in plan.forms
     }
     called = {call.region for known in programs.values() for call in known.calls}
-    for name in sorted(regions.keys() - called):
-        problems.add(f"plan/{name}.json", "no call uses it")
     done: set[str] = set()
     for where, known in programs.items():
         own = {name: regions[name] for name in sorted({c.region for c in known.calls}) if name in regions}
@@ -62,6 +60,8 @@ def check_program(
             _check_calls(problems, where, known, own, serving)
         if not problems.found:
             _check_memory(problems, where, known, own, known.symbols)
+    for name in sorted(regions.keys() - called):
+        problems.add(f"plan/{name}.json", "no call uses it")
     if weights is not None and not problems.found:
         _check_weights(problems, program, regions, weights)
     problems.raise_for(folder)

@@ -26,7 +26,8 @@ from atomc.artifact.ranks import RanksPlan
 from atomc.errors import ProblemsError
 from atomc.ops.placement import REPLICATE, Call, Operand, Placement, PlacementError, Shard
 from atomc.ops.placement import Size as Number
-from atomc.ops.placement_rules import EXPERTS, propagate
+from atomc.ops.placement_exchange import EXPERTS
+from atomc.ops.placement_rules import propagate
 from atomc.parallel.kinds import KINDS, WAIT, Kind, placed
 
 HOST_SIZES: Final = "atom.host_sizes.default"
@@ -166,7 +167,8 @@ class _Check:
             known |= {s: p for s, p in zip(step.outputs, found, strict=True) if s is not None}
         for name, slot in self.region.outputs.items():
             if known[slot] != own:
-                yield f"result {name}: it is {known[slot]} along {axis}; it has to be {own}"
+                by = self.at(self.made[slot][1]) if slot in self.made else "an input"
+                yield f"result {name}, {by}: it is {known[slot]} along {axis}; it has to be {own}"
 
     def place(self, step: Step, known: Mapping[int, Placement], axis: str) -> tuple[Placement, ...]:
         if step.op == HOST_SIZES:

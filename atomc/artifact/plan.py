@@ -133,6 +133,11 @@ class Bucket(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
         """All launches, those before the library's call too."""
         return self.launches + (self.library.launches if self.library else [])
 
+    @property
+    def every_argument(self) -> list[Scalar]:
+        """What all launches and the library's call are given."""
+        return [a for launch in self.every_launch for a in launch.args] + (self.library.args if self.library else [])
+
 
 class Step(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """One operation.
@@ -228,8 +233,3 @@ def slots_in(arg: Arg) -> Iterator[int]:
 def slots_of(step: Step) -> list[int]:
     """Slots that a step takes as arguments, to read or to write: in order, with repetitions."""
     return [slot for arg in (*step.args, *step.kwargs.values()) for slot in slots_in(arg)]
-
-
-def buckets_of(most: int) -> tuple[int, ...]:
-    """Upper bounds of tokens for which kernels are configured: decode of a few requests, of many, prefill."""
-    return (*(n for n in (16, 64, 256, 1024) if n < most), most)

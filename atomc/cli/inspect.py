@@ -72,6 +72,10 @@ def inspect_command(
         _draw_timeline(timeline, opened, parallel, batch, context)
     if plan is not None:
         _check_region(opened, plan)
+        if kernels and batch is not None:
+            from atomc.cli.failure import OptionError
+
+            raise OptionError("--batch is of a whole decode step, and --kernels --plan shows one region's operators.")
     if html is not None:
         from atomc.cli.picture import write_picture
 

@@ -133,3 +133,9 @@ class Call:
         for arg in self.args:
             found += arg if isinstance(arg, (list, tuple)) else [arg]
         return [a for a in found if a is None or isinstance(a, Operand)]
+
+    def first(self) -> Operand:
+        """The first tensor argument."""
+        operand = self.operands()[0]
+        assert operand is not None
+        return operand

@@ -21,7 +21,7 @@ from typing import Any, Final
 
 import torch
 
-from atomc.formats import Layout
+from atomc.ops import placement_exchange as exchange
 from atomc.ops.placement import (
     OWN,
     PARTIAL,
@@ -145,12 +145,6 @@ def _at(letters: set[str], dims: list[str], by: str) -> Placement:
 # -- rules of their own ------------------------------------------------------------------------------------------------
 
 
-def _first(call: Call) -> Operand:
-    operand = call.operands()[0]
-    assert operand is not None
-    return operand
-
-
 def _linear(call: Call) -> tuple[Placement, ...]:
     """A product with a bias is whole where it sums: of parts, every rank would add the bias."""
     found = _PRODUCT(call)
@@ -193,7 +187,7 @@ _SCALES: Final = frozenset({"aten.mul.Tensor", "aten.div.Tensor", "aten.to.dtype
 
 def _reshape(call: Call) -> tuple[Placement, ...]:
     """The outermost of the dims that are joined or split carries the cut."""
-    x = _first(call)
+    x = call.first()
     if not isinstance(x.placement, Shard):
         return (x.placement,)
     for before, after in _regrouped(x.shape, call.results[0]):
@@ -227,7 +221,7 @@ def _regrouped(before: tuple[int, ...], after: tuple[int, ...]) -> list[tuple[li
 
 
 def _transpose(call: Call) -> tuple[Placement, ...]:
-    x, (a, b) = _first(call), call.args[1:3]
+    x, (a, b) = call.first(), call.args[1:3]
     if not isinstance(x.placement, Shard):
         return (x.placement,)
     a, b = _dim(a, len(x.shape)), _dim(b, len(x.shape))
@@ -235,7 +229,7 @@ def _transpose(call: Call) -> tuple[Placement, ...]:
 
 
 def _unsqueeze(call: Call) -> tuple[Placement, ...]:
-    x, at = _first(call), _dim(call.args[1], len(_first(call).shape) + 1)
+    x, at = call.first(), _dim(call.args[1], len(call.first().shape) + 1)
     if not isinstance(x.placement, Shard):
         return (x.placement,)
     return (replace(x.placement, dim=x.placement.dim + (at <= x.placement.dim)),)
@@ -243,7 +237,7 @@ def _unsqueeze(call: Call) -> tuple[Placement, ...]:
 
 def _slice(call: Call) -> tuple[Placement, ...]:
     """A part of one dim; of a dim that is cut, the ranks' parts would be others."""
-    x = _first(call)
+    x = call.first()
     if x.placement == OWN:
         raise PlacementError(f"a slice of a {x.placement}")
     cut = isinstance(x.placement, Shard) and x.placement.dim == _dim(call.args[1], len(x.shape))
@@ -253,7 +247,7 @@ def _slice(call: Call) -> tuple[Placement, ...]:
 
 
 def _expand(call: Call) -> tuple[Placement, ...]:
-    x = _first(call)
+    x = call.first()
     if x.placement == REPLICATE:
         return _sized(call.args[1])
     if not isinstance(x.placement, Shard):
@@ -277,7 +271,7 @@ def _sized(sizes: Any) -> tuple[Placement, ...]:
 
 def _size(call: Call) -> tuple[Placement, ...]:
     """A number of rows: cut if the dim is."""
-    x = _first(call)
+    x = call.first()
     cut = isinstance(x.placement, Shard) and x.placement.dim == _dim(call.args[1], len(x.shape))
     return (Shard(0) if cut else REPLICATE,)
 
@@ -291,7 +285,7 @@ def _dequantize(call: Call) -> tuple[Placement, ...]:
 
 def _reduced(call: Call) -> tuple[Placement, ...]:
     """Over the last dim, kept or not."""
-    x = _first(call)
+    x = call.first()
     if x.placement == OWN or (isinstance(x.placement, Partial) and call.op == "aten.amax.default"):
         raise PlacementError(f"{call.op} of a {x.placement}: of parts it is not that of the whole")
     dims = call.args[1] if isinstance(call.args[1], (list, tuple)) else [call.args[1]]
@@ -306,18 +300,9 @@ def _reduced(call: Call) -> tuple[Placement, ...]:
 def _quantize(call: Call) -> tuple[Placement, ...]:
     """Codes and scales of blocks along the last dim: a cut may not go through a block."""
     found = by_spec("... K -> ... K, ... K")(call)
-    x = _first(call)
-    _whole_blocks(str(call.args[1]), x, x.shape[-1])
+    x = call.first()
+    exchange.whole_blocks(str(call.args[1]), x, x.shape[-1])
     return found
-
-
-def _whole_blocks(layout: str, x: Operand, width: int) -> None:
-    columns = Layout.parse(layout).columns
-    if x.placement == Shard(len(x.shape) - 1) and (columns == 0 or width % columns):
-        blocks = f"blocks of {columns}" if columns else "whole rows"
-        raise PlacementError(
-            f"a part of {width} columns is quantised to {layout}, in {blocks}: its scales would differ"
-        )
 
 
 def _pointwise_program(call: Call) -> tuple[Placement, ...]:
@@ -338,104 +323,6 @@ def _known(arg: Any, known: Mapping[str, Any]) -> Any:
     if isinstance(arg, Name):
         return known[arg.text]
     return tuple(_known(a, known) for a in arg) if isinstance(arg, list) else arg
-
-
-# The operators that run routed experts: how many tensors the input of each has, and each of its two weights.
-EXPERTS: Final = {"moe_experts": (1, 1), "moe_experts_quant": (2, 1), "scaled_moe_experts": (2, 2)}
-
-
-def _experts(call: Call) -> tuple[Placement, ...]:
-    """Tokens of a rank with whole experts; all tokens with a part of each, or of some; dispatched ones with some."""
-    given = [o.placement for o in call.operands() if o is not None]
-    x, w = EXPERTS[call.op.split(".")[1]]
-    if x == 2:  # a part of an expert rounds what enters its second product in blocks of the part
-        layout = str(call.args[x + 2 * w + 4])
-        of_w2 = [o for o in call.operands() if o is not None][x + w]
-        packed = Layout.parse(str(call.args[-2])).element.packed if w == 2 else 1
-        _whole_blocks(layout, of_w2, of_w2.shape[-1] * packed)
-    *_, indices, weights = given
-    groups = {*given[:x], weights}, set(given[x : x + w]), set(given[x + w : x + 2 * w])
-    if all(len(group) == 1 for group in groups):
-        token, first, second = (group.pop() for group in groups)
-        found = _SHARED.get((token, first, second, indices))
-        if found is not None:
-            return (found,)
-    raise PlacementError(f"no way of sharing experts has inputs placed so: {', '.join(map(str, given))}")
-
-
-_ROWS, _PICKED = Shard(0, by="expert"), Shard(0, by="own")
-# (tokens and their weights, w13, w2, choices) -> result.
-_SHARED: Final[dict[tuple[Placement, ...], Placement]] = {
-    (REPLICATE, REPLICATE, REPLICATE, REPLICATE): REPLICATE,
-    (Shard(0), REPLICATE, REPLICATE, Shard(0)): Shard(0),
-    (REPLICATE, Shard(1, parts=2), Shard(2), REPLICATE): PARTIAL,
-    (REPLICATE, Shard(0), Shard(0), OWN): PARTIAL,
-    (_ROWS, Shard(0), Shard(0), Shard(0, by="slot")): _ROWS,
-    (_PICKED, Shard(0), Shard(0), Shard(0, by="slot")): _PICKED,
-}
-
-
-def _own_first(call: Call) -> bool:
-    """Whether the number of what a rank has first, the last size among the arguments, differs along the axis."""
-    return any(isinstance(a, Size) and a.own for a in call.args)
-
-
-def _local_experts(call: Call) -> tuple[Placement, ...]:
-    """Numbers of experts as the rank's own; of whole tokens each rank then knows its own choices alone."""
-    indices = _first(call).placement
-    if not _own_first(call):
-        return (indices,)
-    if indices in (REPLICATE, OWN):
-        return (OWN,)
-    if indices in (_ROWS, _PICKED):
-        return (Shard(0, by="slot"),)
-    raise PlacementError(f"choices that are {indices} are no rank's own experts")
-
-
-def _vocabulary(call: Call) -> tuple[Placement, ...]:
-    """Rows of a table that is cut by rows: what a rank has not is zero, so that the sum is due."""
-    table, ids = (o.placement for o in call.operands() if o is not None)
-    if table == REPLICATE and not _own_first(call):
-        return (ids,)
-    if table == Shard(0) and _own_first(call) and ids == REPLICATE:
-        return (PARTIAL,)
-    raise PlacementError(f"a table {table} with ids {ids}")
-
-
-def _sorted_rows(call: Call) -> tuple[Placement, ...]:
-    """What to send where: rows in order of destination; of whole tokens each rank sorts those for its own experts."""
-    indices = _first(call).placement
-    if not _own_first(call) or indices not in (REPLICATE, Shard(0)):
-        raise PlacementError(f"choices that are {indices} cannot be sorted by destination")
-    one = Shard(0, by="destination") if indices == Shard(0) else _PICKED
-    return (one, one)
-
-
-def _dispatch_rows(call: Call) -> tuple[Placement, ...]:
-    """The rows of a message in the order of their destinations."""
-    message, order = (o.placement for o in call.operands() if o is not None)
-    if (message, order) in ((Shard(0), Shard(0, by="destination")), (REPLICATE, _PICKED)):
-        return (order,)
-    raise PlacementError(f"rows that are {message} in an order that is {order}")
-
-
-def _combine_rows(call: Call) -> tuple[Placement, ...]:
-    """What came back, summed for each token."""
-    rows, order, like = (o.placement for o in call.operands() if o is not None)
-    if rows == order == _PICKED and like == REPLICATE:
-        return (PARTIAL,)
-    if rows == order == Shard(0, by="destination") and like == Shard(0):
-        return (like,)
-    raise PlacementError(f"rows that are {rows} in an order that is {order}, for tokens that are {like}")
-
-
-def _host_sizes(call: Call) -> tuple[Placement, ...]:
-    return (_first(call).placement,)
-
-
-def _view_message(call: Call) -> tuple[Placement, ...]:
-    """The parts of a message, as many as there are results."""
-    return (_first(call).placement,) * len(call.results)
 
 
 # -- the table ---------------------------------------------------------------------------------------------------------
@@ -506,13 +393,13 @@ RULES: Final[dict[str, Rule]] = {
     **dict.fromkeys(REDUCTIONS, _reduced),
     **dict.fromkeys(CREATIONS, _made),
     "aten.eye.default": lambda _: (REPLICATE,),
-    **{f"atom.{op}.default": _experts for op in EXPERTS},
-    "atom.local_experts.default": _local_experts,
-    "atom.vocabulary_embedding.default": _vocabulary,
-    "atom.sort_by_rank.default": _sorted_rows,
-    "atom.dispatch_rows.default": _dispatch_rows,
-    "atom.combine_rows.default": _combine_rows,
-    "atom.host_sizes.default": _host_sizes,
+    **{f"atom.{op}.default": exchange.experts for op in exchange.EXPERTS},
+    "atom.local_experts.default": exchange.local_experts,
+    "atom.vocabulary_embedding.default": exchange.vocabulary,
+    "atom.sort_by_rank.default": exchange.sorted_rows,
+    "atom.dispatch_rows.default": exchange.dispatch_rows,
+    "atom.combine_rows.default": exchange.combine_rows,
+    "atom.host_sizes.default": exchange.host_sizes,
     "atom.pack_message.default": by_spec("T ..., T ..., T ..., T ... -> T b"),
-    "atom.unpack_message.default": _view_message,
+    "atom.unpack_message.default": exchange.view_message,
 }

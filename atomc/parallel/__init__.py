@@ -1,1 +1,1 @@
-"""Many devices: layouts, collectives and what they cost, tasks on two streams and their timelines."""
+"""Many ranks: layouts, and collectives as nodes of a graph and as steps of a plan."""

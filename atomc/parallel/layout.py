@@ -113,8 +113,8 @@ class Layout:
         below = [n for n in legal if n.ranks <= self.ranks]
         above = [n for n in legal if n.ranks > self.ranks]
 
-        def apart(other: Layout) -> tuple[int, int]:
-            return abs(other.ranks - self.ranks), abs(other.tp - self.tp)
+        def apart(other: Layout) -> tuple[int, int, int]:
+            return abs(other.ranks - self.ranks), abs(other.tp - self.tp), abs(other.dp - self.dp)
 
         return [min(side, key=apart) for side in (below, above) if side]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from atomc.artifact.agreement import Proven, prove_layout
 from atomc.artifact.check import check_program
-from atomc.artifact.plan import buckets_of
+from atomc.artifact.order import buckets_of
 from atomc.artifact.store import ArtifactError, read_manifest, verify
 from atomc.runtime.loader import read_plan, read_ranks, read_regions
 

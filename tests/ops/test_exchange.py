@@ -50,11 +50,23 @@ def test_parts_of_more_dims_are_flattened() -> None:
     assert torch.equal(got.view(3, 2, 4), x)
 
 
+def test_a_message_has_room_for_all_rows() -> None:
+    two = torch.randn(2, 4)
+    for rows in (0, 1):
+        with pytest.raises(ValueError, match="do not fit into a message"):
+            pack_message([two], rows)
+    with pytest.raises(ValueError, match=r"parts of \[2, 1\] rows"):
+        pack_message([two, two[:1]])
+    with pytest.raises(ValueError, match="1 rows came back for 2 tokens"):
+        drop_padding(two[:1], two)
+
+
 def test_local_experts() -> None:
     indices = torch.tensor([[0, 5, 3], [4, 2, 7]])
-    found = local_experts(indices, torch.tensor([2], dtype=torch.int32), 3)
+    found = local_experts(indices, 2, 3)
     assert found.tolist() == [[-1, -1, 1], [2, 0, -1]]
     assert found.dtype == torch.int64
+    assert local_experts(torch.tensor([[-1, 2]]), 2, 3).tolist() == [[-1, 0]]  # padding of a message has no choice
 
 
 @given(st.integers(0, 7), st.integers(1, 4), st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.data())
@@ -67,8 +79,7 @@ def test_every_choice_is_sent_to_its_rank_once(
     indices = torch.tensor(chosen, dtype=torch.int64).view(tokens, k)
     sent: set[tuple[int, int, int]] = set()
     for column in range(columns):
-        first = torch.tensor([column * experts], dtype=torch.int32)
-        counts, order = sort_by_rank(indices, first, ranks, experts, span)
+        counts, order = sort_by_rank(indices, column * experts, ranks, experts, span)
         assert order.shape == (tokens * min(ranks, k),)
         assert (order[int(counts.sum()) :] == -1).all()
         for rank, part in enumerate(order[: int(counts.sum())].split(host_sizes(counts))):
@@ -80,15 +91,15 @@ def test_every_choice_is_sent_to_its_rank_once(
 def test_rows_that_come_back_are_summed_for_their_tokens() -> None:
     order, like = torch.tensor([0, 2, 0, 1, -1, -1]), torch.zeros(3, 5)
     rows = torch.arange(8.0).view(4, 2)
-    assert combine_rows(rows, order, like).tolist() == [[4.0, 6.0], [6.0, 7.0], [2.0, 3.0]]
+    assert combine_rows(rows, order, like, [2, 2]).tolist() == [[4.0, 6.0], [6.0, 7.0], [2.0, 3.0]]
     assert dispatch_rows(rows[:3], order, [2, 1, 1]).tolist() == rows[[0, 2, 0, 1]].tolist()
-    assert combine_rows(rows[:0], order[4:], like[:0]).shape == (0, 2)
+    assert combine_rows(rows[:0], order[4:], like[:0], [0, 0]).shape == (0, 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_parts_of_a_vocabulary_add_up_exactly(dtype: torch.dtype) -> None:
     table, ids = torch.randn(12, 5).to(dtype), torch.tensor([0, 11, 4, 4, 7])
-    parts = [vocabulary_embedding(t, ids, torch.tensor([4 * i])) for i, t in enumerate(table.split(4))]
+    parts = [vocabulary_embedding(t, ids, 4 * i) for i, t in enumerate(table.split(4))]
     assert torch.equal(parts[0] + parts[1] + parts[2], table[ids])
 
 
@@ -103,10 +114,7 @@ def test_an_expert_of_another_rank_adds_nothing(run: object) -> None:
     x, w13, w2, weights = randn(6, 8), randn(4, 10, 8), randn(4, 8, 5), randn(6, 3).abs()
     indices = torch.stack([torch.randperm(4, generator=g)[:3] for _ in range(6)])
     whole = run(x, w13, w2, indices, weights, 7.0)
-    halves = [
-        run(x, w13[at : at + 2], w2[at : at + 2], local_experts(indices, torch.tensor([at]), 2), weights, 7.0)
-        for at in (0, 2)
-    ]
+    halves = [run(x, w13[at : at + 2], w2[at : at + 2], local_experts(indices, at, 2), weights, 7.0) for at in (0, 2)]
     torch.testing.assert_close(halves[0] + halves[1], whole, rtol=1e-6, atol=1e-6)
     none = run(x, w13, w2, torch.full_like(indices, -1), weights, 7.0)
     assert not none.any()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from atomc.ops import OPS
-from atomc.ops.placement import MASK, PARTIAL, REPLICATE, Call, Operand, Placement, PlacementError, Shard, Size
+from atomc.ops.placement import OWN, PARTIAL, REPLICATE, Call, Operand, Placement, PlacementError, Shard, Size
 from atomc.ops.placement_rules import RULES, propagate
 
 R, S0, S1 = REPLICATE, Shard(0), Shard(1)
@@ -20,7 +20,6 @@ def at(placement: Placement, *shape: int, dtype: torch.dtype = torch.float32) ->
 
 
 def test_every_operator_of_ours_has_a_rule() -> None:
-    """But those that say themselves what they make of placements: parts of the rules' own machinery."""
     assert {f"atom.{name}.default" for name in OPS} - set(RULES) == set()
 
 
@@ -49,8 +48,13 @@ CASES: list[tuple[str, tuple[Any, ...], tuple[int, ...], Placement]] = [
     ("aten.zeros.default", ([Size(False, T), 4],), (T, 4), R),
     ("atom.rms_norm.default", (at(S1, T, 2, 8), None, 1e-6), (T, 2, 8), S1),
     ("atom.drop_padding.default", (at(PARTIAL, 14, 8), at(R, T, 8)), (T, 8), PARTIAL),
-    ("atom.local_experts.default", (at(R, T, 3), at(S0, 1), 4), (T, 3), MASK),
-    ("atom.local_experts.default", (at(Shard(0, by="expert"), T, 3), at(S0, 1), 4), (T, 3), Shard(0, by="slot")),
+    ("atom.local_experts.default", (at(R, T, 3), Size(True, 4), 4), (T, 3), OWN),
+    ("atom.local_experts.default", (at(R, T, 3), Size(False, 4), 4), (T, 3), R),
+    ("atom.local_experts.default", (at(Shard(0, by="expert"), T, 3), Size(True, 4), 4), (T, 3), Shard(0, by="slot")),
+    ("atom.vocabulary_embedding.default", (at(S0, 4, 8), at(R, T), Size(True, 4)), (T, 8), PARTIAL),
+    ("aten.linear.default", (at(S0, T, 8), at(R, 6, 8), at(R, 6)), (T, 6), S0),
+    ("aten.linear.default", (at(R, T, 8), at(S0, 3, 8), at(S0, 3)), (T, 3), S1),
+    ("aten.to.dtype", (at(PARTIAL, T, 8), torch.bfloat16), (T, 8), PARTIAL),
 ]  # fmt: skip
 
 
@@ -72,7 +76,7 @@ REFUSED: list[tuple[str, tuple[Any, ...], tuple[int, ...], str]] = [
     ("aten.reshape.default", (at(Shard(2), T, 3, 4), [-1, 12]), (T, 12), "mixes the parts"),
     ("aten.slice.Tensor", (at(S1, T, 8), -1, 0, 4), (T, 4), "a slice of a dim that is cut"),
     ("aten.sum.dim_IntList", (at(S1, T, 8), [-1]), (T,), "a reduction over dim 1"),
-    ("aten.amax.default", (at(PARTIAL, T, 8), [-1]), (T,), "largest of parts of sums"),
+    ("aten.amax.default", (at(PARTIAL, T, 8), [-1]), (T,), "of parts it is not that of the whole"),
     ("aten.topk.default", (at(S1, T, 8), 2), (T, 2), "has to be whole"),
     ("atom.rms_norm.default", (at(S1, T, 8), None, 1e-6), (T, 8), "has to be whole"),
     ("atom.quantize.default", (at(S1, T, 64), "e4m3:1x128:e8m0"), (T, 64), "in blocks of 128"),
@@ -82,6 +86,15 @@ REFUSED: list[tuple[str, tuple[Any, ...], tuple[int, ...], str]] = [
      (at(S1, T, 2, 8), at(S1, T, 2), *(at(R, 4, 4) for _ in range(2)), *(at(R, T) for _ in range(3))), (T, 4),
      "has to be whole"),
     ("atom.hc_post.default", (at(R, T, 4, 8), at(PARTIAL, T, 8), at(R, T, 4), at(R, T, 4, 4)), (T, 4, 8), "Partial"),
+    ("aten.linear.default", (at(S1, T, 4), at(S1, 6, 4), at(R, 6)), (T, 6), "has a bias: it would count once a rank"),
+    ("aten.linear.default", (at(R, T, 8), at(S0, 3, 8), at(R, 3)), (T, 3), "whole in its dim 0 where another is cut"),
+    ("aten.linear.default", (at(S1, T, 1), at(R, 6, 1)), (T, 6), "whole in its dim 1 where another is cut"),
+    ("aten.bmm.default", (at(S0, 1, T, 8), at(R, 1, 8, 5)), (1, T, 5), "whole in its dim 0 where another is cut"),
+    ("aten.to.dtype", (at(PARTIAL, T, 8), torch.int32), (T, 8), "is rounded to torch.int32 before it is taken"),
+    ("aten.sum.dim_IntList", (at(OWN, T, 3), [-1]), (T,), "of a Partial(own)"),
+    ("aten.slice.Tensor", (at(OWN, T, 8), -1, 0, 4), (T, 4), "a slice of a Partial(own)"),
+    ("aten.add.Tensor", (at(OWN, T, 8), 1), (T, 8), "Partial(own) is used as a full value"),
+    ("atom.vocabulary_embedding.default", (at(R, 4, 8), at(R, T), Size(True, 4)), (T, 8), "a table Replicate"),
     ("aten.convolution.default", (at(R, T, 8),), (T, 8), "has no placement rule"),
 ]  # fmt: skip
 

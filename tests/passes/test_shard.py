@@ -77,6 +77,14 @@ def test_all_tokens_may_go_to_the_experts_of_one_rank(layout: str, form: Form) -
     assert compare(CONFIG, ours, alone, loads) <= 1e-5
 
 
+@pytest.mark.parametrize("form", ["gather", "route"])
+def test_not_a_bit_differs_where_no_sum_is_in_another_order(form: Form) -> None:
+    """One rank has all experts that are chosen, another all tokens: its sums are those of one rank, and zeros."""
+    loads: list[list[Step]] = [[], UNEVEN[0], []]
+    ours, alone = compiled("dp=3,moe=ep", form, True), compiled("dp=1", "gather", True)
+    assert compare(CONFIG, ours, alone, loads) == 0
+
+
 def test_only_idle_ranks_but_one() -> None:
     assert compare(CONFIG, compiled("dp=3,moe=ep", "route"), compiled("dp=1"), [[], [], [[(0, 9)], [(0, 1)]]]) <= 1e-5
 

@@ -54,7 +54,7 @@ def run_ranks(artifact: Path, plays: Sequence[Play], folder: Path) -> list[list[
 def _rank(rank: int, ranks: int, artifact: Path, plays: list[Play], folder: Path) -> None:
     torch.set_num_threads(1)
     store = f"file://{folder / 'store'}"
-    dist.init_process_group("gloo", store, timedelta(seconds=90), ranks, rank)
+    dist.init_process_group("gloo", store, timedelta(seconds=600), ranks, rank)
     found = []
     for play in plays:
         layout = parse_layout(play.layout)
