@@ -10,6 +10,7 @@ import torch
 
 from atomc.ops.batch import Batch
 from atomc.runtime.caches import Caches
+from atomc.runtime.protocols import Serving
 from atomc.runtime.scheduler import Chunk
 
 Int32 = npt.NDArray[np.int32]
@@ -53,3 +54,23 @@ def build_batch(chunks: Sequence[Chunk], caches: Caches, *, csa_ratio: int, hca_
         hca_ends=torch.from_numpy(_ends(positions, hca_ratio)),
         logit_rows=torch.from_numpy(np.array(rows, dtype=np.int32)),
     )
+
+
+def idle_batch(serving: Serving) -> Batch:
+    """One token of padding, in the reserved page and block, and in a slot that a new request starts afresh.
+
+    What a step needs that has nothing to compute: it touches nothing that a request will read. Only while no request
+    holds slot 0.
+    """
+
+    def ints(*values: int) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int32)
+
+    def table(width: int) -> torch.Tensor:
+        return torch.zeros((1, width), dtype=torch.int32)
+
+    return Batch(
+        ids=ints(0), positions=ints(0), requests=ints(0), query_start=ints(0, 1), slots=ints(0),
+        window_table=table(serving.window_table_width), block_table=table(serving.block_table_width),
+        csa_ends=ints(-1), hca_ends=ints(-1), logit_rows=ints(0),
+    )  # fmt: skip

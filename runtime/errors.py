@@ -31,3 +31,21 @@ class UnavailableError(AtomcError):
 
 class BatchError(AtomcError):
     """A step larger than the artifact is compiled for: a defect of the scheduler, not of a request."""
+
+
+class RankError(AtomcError):
+    """A rank of the run, or its front end, was lost: it died, is silent or late. All others stop with this error.
+
+    `rank` is the lost one (-1: the front end), `step` the step it was last heard in.
+    """
+
+    def __init__(self, message: str, *, rank: int, step: int) -> None:
+        super().__init__(message)
+        self.rank = rank
+        self.step = step
+
+
+class AddressError(AtomcError):
+    """An address that cannot be listened on."""
+
+    exit_code = 2

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -68,4 +69,17 @@ class Executor(Protocol):
 
     def step(self, batch: Batch) -> torch.Tensor:
         """Writes the batch's rows into the caches; returns float32 logits [L, vocab_size] of `batch.logit_rows`."""
+        ...
+
+
+@runtime_checkable
+class ShardedExecutor(Executor, Protocol):
+    """An executor whose steps hold collectives: every rank runs every step, with its own batch or one of padding."""
+
+    def begin(self, tokens: Sequence[int], bucket: int, prefill: bool) -> None:
+        """What the next `step` is, on all ranks: called with equal arguments on each of them, before each step.
+
+        `tokens` of each rank, 0 where it has none of its own; `bucket`, the most of them, is what steps without
+        `prefill` are padded to.
+        """
         ...

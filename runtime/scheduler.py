@@ -54,11 +54,14 @@ class Scheduler:
     def add(self, request: Request) -> None:
         self.waiting.append(request)
 
-    def schedule(self) -> list[Chunk]:
-        """The chunks of the next step, ordered by arrival; their pages and blocks are taken."""
+    def schedule(self, *, admit: bool = True) -> list[Chunk]:
+        """The chunks of the next step, ordered by arrival; their pages and blocks are taken.
+
+        With `admit` false nothing joins, unless there would be no chunk at all.
+        """
         preemptions = self.preemptions
         chunks = self._continue()
-        if self.preemptions == preemptions:
+        if self.preemptions == preemptions and (admit or not chunks):
             self._join(chunks)
         assert chunks or not self.has_work, "the scheduler found nothing to run although requests are left"
         return chunks
