@@ -127,12 +127,14 @@ class Engine:
         """What the next step computes, its memory taken; None: nothing. The next call must be `run`, with it.
 
         Where several engines step together, what each will do is known to all before any of them runs. With `admit`
-        false no waiting request joins, unless nothing runs.
+        false no waiting request joins: whoever says so must say otherwise later.
         """
         if not self.has_work:
             return None
         start, preempted = self.clock(), self.scheduler.preemptions
         chunks = self.scheduler.schedule(admit=admit)
+        if not chunks:
+            return None
         batch = build_batch(chunks, self.caches, csa_ratio=self.serving.csa_ratio, hca_ratio=self.serving.hca_ratio)
         return StepPlan(chunks, batch, start, self.scheduler.preemptions - preempted)
 

@@ -57,13 +57,13 @@ class Scheduler:
     def schedule(self, *, admit: bool = True) -> list[Chunk]:
         """The chunks of the next step, ordered by arrival; their pages and blocks are taken.
 
-        With `admit` false nothing joins, unless there would be no chunk at all.
+        With `admit` false nothing joins; then there may be none although requests wait.
         """
         preemptions = self.preemptions
         chunks = self._continue()
-        if self.preemptions == preemptions and (admit or not chunks):
+        if self.preemptions == preemptions and admit:
             self._join(chunks)
-        assert chunks or not self.has_work, "the scheduler found nothing to run although requests are left"
+        assert chunks or not (admit and self.has_work), "the scheduler found nothing to run although requests are left"
         return chunks
 
     def advance(self, chunks: list[Chunk]) -> None:

@@ -48,6 +48,8 @@ from atomc.runtime.ranks.wire import (
 from atomc.runtime.request import Output, Request
 
 _LOOK_SECONDS: Final = 0.1
+# How long a server whose run has failed still says so to those who ask.
+_LINGER_SECONDS: Final = 1.0
 # What a rank takes to end after it has noticed a fault, at most.
 _END_SECONDS: Final = 1.0
 
@@ -203,8 +205,8 @@ class RankedFront(Frontend):
             line.send(Stop(message))
         while self.error is None and not await asyncio.to_thread(self._all_done.wait, _LOOK_SECONDS):
             pass
-        if self.error is not None:
-            await asyncio.to_thread(self._end_ranks)
+        if self.error is not None:  # meanwhile clients whose requests are on their way are answered too
+            await asyncio.gather(asyncio.to_thread(self._end_ranks), asyncio.sleep(_LINGER_SECONDS))
         self.watchdog.stop()
         for line in self.lines:
             line.close()
