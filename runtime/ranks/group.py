@@ -55,6 +55,8 @@ class Place:
             raise ServingError(f"RANK is {rank} and WORLD_SIZE {size}; ranks are 0 to WORLD_SIZE - 1.")
         if "MASTER_ADDR" not in environment:
             raise ServingError(_UNSET.format(name="MASTER_ADDR"))
+        if not 0 < _number(environment, "MASTER_PORT") < 65536:
+            raise ServingError(f"MASTER_PORT is {environment['MASTER_PORT']}; it must be a port, 1 to 65535.")
         return cls(
             rank, size, _number(environment, "LOCAL_RANK"), _number(environment, "LOCAL_WORLD_SIZE"),
             environment["MASTER_ADDR"], _number(environment, "MASTER_PORT"),
