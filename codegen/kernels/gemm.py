@@ -209,7 +209,9 @@ def static(device: Device, n: int, k: int, itemsize: int, groups: int) -> Tiles:
         return Tiles(first, tokens, rows, depth, splits, 4 if rows == 64 else 8, known.stages[0])
     tiles = groups * cdiv(device.tokens, 128) * cdiv(n, 128)
     # FP8 on Hopper: two programs a multiprocessor, so that one scales its sums while the other multiplies.
-    wide = itemsize == 2 or (itemsize == 1 and device.target.arch != "sm_90")
+    # On sm_100 a tile of 256 rows leaves no register to spare: fp32 results of short rows spill.
+    arch = device.target.arch
+    wide = (itemsize == 2 and not (arch == "sm_100" and n < 8192)) or (itemsize == 1 and arch != "sm_90")
     rows = 256 if wide and tiles >= 2 * units and n % 256 == 0 else 128 if n > 64 else 64
     tokens = 128 if 10 * tiles >= 9 * units and itemsize < 4 else 64
     splits = splits_of(groups * cdiv(device.tokens, tokens) * cdiv(n, rows), steps, units, 8)

@@ -393,7 +393,10 @@ def scaled_moe_experts(
     t, choices = indices.shape
     eights = l13.element.bits == 8 and not multiplies_mx(device, l13, outer)
     if folds(device, outer, inner, (l13, l2), (k, i, d), choices, experts):
-        y = _folded(device, codes, scales, w13, w13_scales, w2, w2_scales, indices, weights, limit, outer, inner, dtype)
+        from atomc.codegen.kernels import moe_hopper  # the layer of Triton that it needs is not every backend's
+
+        matrices = (w13, w13_scales, w2, w2_scales)
+        y = moe_hopper.products(device, codes, scales, *matrices, indices, weights, limit, outer, inner, dtype)
         return _sum(device, y)
     config = choose(device, choices, experts, fused=inner.columns in (32, 128), eights=eights)
     kind = kind_of(device, l13, outer, k, config.bm)
@@ -485,22 +488,6 @@ def folds(
     acts = act.element.name == inner.element.name == "e4m3" and (act.rows, act.columns) == (inner.rows, inner.columns)
     known = known and acts and (inner.rows, inner.columns, inner.scale) == (1, 128, "e8m0")
     return ASM and device.target.arch == "sm_90" and known and fits and pairs >= 24 * experts
-
-
-def _folded(
-    device: Device, codes: Tensor, scales: Tensor, w13: Tensor, w13_scales: Tensor, w2: Tensor, w2_scales: Tensor,
-    indices: Tensor, weights: Tensor, limit: float, outer: Layout, inner: Layout, dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    """y [T, choices, D] by the kernels of `moe_hopper`."""
-    from atomc.codegen.kernels import moe_hopper  # the part of Triton that it is written in is not every backend's
-
-    rows = sort(device, codes, scales, outer, indices, w13.shape[0], moe_hopper.TOKENS, "folded")
-    a, a_scales = empty_wide(device, weights.numel(), w13.shape[1] // 2, inner, "folded")
-    y = device.empty((*weights.shape, w2.shape[1]), dtype)
-    given = (limit, inner.floor, getattr(tl, {"fp32": "float32", "bf16": "bfloat16"}[TYPES[dtype]]))
-    moe_hopper.product(device, rows, rows.x, rows.scales, w13, w13_scales, weights, a, a_scales, *given)
-    moe_hopper.product(device, rows, a, a_scales, w2, w2_scales, weights, y, a_scales, *given)
-    return y
 
 
 def _sum(device: Device, y: Tensor) -> Tensor:

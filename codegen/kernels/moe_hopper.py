@@ -13,9 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from atomc.codegen.device import Device, cdiv, power_of_two
+from atomc.codegen.device import TYPES, Device, cdiv, power_of_two
 from atomc.codegen.kernels.moe_folded import experts_folded, piece_row
-from atomc.codegen.kernels.moe_sort import Sorted
+from atomc.codegen.kernels.moe_sort import Sorted, empty_wide, sort
+from atomc.formats import Layout
 
 ROWS = 256  # of a weight, that a program multiplies at once
 TOKENS = 128  # of a tile
@@ -88,3 +89,17 @@ def product(
         "REGISTERS": REGISTERS, "FEW": FEW,
     }  # fmt: skip
     device.launch(experts_folded, (device.target.compute_units,), args, constants, warps=4)
+
+
+def products(
+    device: Device, codes: Tensor, scales: Tensor, w13: Tensor, w13_scales: Tensor, w2: Tensor, w2_scales: Tensor,
+    indices: Tensor, weights: Tensor, limit: float, outer: Layout, inner: Layout, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """What each pair's expert makes of its token [T, choices, D]; see `moe.scaled_moe_experts`, which sums it."""
+    rows = sort(device, codes, scales, outer, indices, w13.shape[0], TOKENS, "folded")
+    a, a_scales = empty_wide(device, weights.numel(), w13.shape[1] // 2, inner, "folded")
+    y = device.empty((*weights.shape, w2.shape[1]), dtype)
+    given = (limit, inner.floor, getattr(tl, {"fp32": "float32", "bf16": "bfloat16"}[TYPES[dtype]]))
+    product(device, rows, rows.x, rows.scales, w13, w13_scales, weights, a, a_scales, *given)
+    product(device, rows, a, a_scales, w2, w2_scales, weights, y, a_scales, *given)
+    return y

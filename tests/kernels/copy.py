@@ -11,8 +11,7 @@ from torch import Tensor
 
 from atomc.codegen.device import Device
 from atomc.codegen.kernels import copy
-from atomc.ops import OPS
-from tests.support.kernel_cases import Case
+from tests.support.kernel_cases import TORCH, Case
 
 F32, BF16, I32, I64 = torch.float32, torch.bfloat16, torch.int32, torch.int64
 View = Callable[[Tensor], Tensor]
@@ -25,12 +24,12 @@ def values(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 def reshaped(
     name: str, shape: tuple[int, ...], view: View, into: tuple[int, ...], dtype: torch.dtype = BF16, slow: bool = False
 ) -> Case:
-    """A view of memory of that shape, reshaped. torch's operators have no entries in OPS: the lane gets them here."""
+    """A view of memory of that shape, reshaped. torch's operators are no entries of OPS."""
     host = lambda device, x, into: copy.reshape(device, view(x), into)  # noqa: E731
     known = SimpleNamespace(
         reference=lambda x, into: view(x).reshape(into), overload=torch.ops.aten.reshape.default, mutates=()
     )
-    OPS[f"reshape {name}"] = known  # type: ignore[assignment]
+    TORCH[f"reshape {name}"] = known
     return Case(name, f"reshape {name}", host, lambda: [values(shape, dtype), list(into)], slow=slow)
 
 
@@ -40,7 +39,7 @@ def made_whole(name: str, shape: tuple[int, ...], view: View, dtype: torch.dtype
     known = SimpleNamespace(
         reference=lambda x: view(x).contiguous(), overload=torch.ops.aten.contiguous.default, mutates=()
     )
-    OPS[f"contiguous {name}"] = known  # type: ignore[assignment]
+    TORCH[f"contiguous {name}"] = known
     return Case(name, f"contiguous {name}", host, lambda: [values(shape, dtype)])
 
 

@@ -12,16 +12,15 @@ import torch.nn.functional as F
 
 from atomc.codegen.device import Device
 from atomc.codegen.kernels import gemm
-from atomc.ops import OPS
-from tests.support.kernel_cases import TOLERANCE, Case
+from tests.support.kernel_cases import TOLERANCE, TORCH, Case
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
 
 def arguments(x: tuple[int, ...], n: int, dtypes: tuple[torch.dtype, torch.dtype], size: float) -> list[Any]:
-    """x [..., K] and a weight [N, K]. torch's own operator has no entry in OPS: the lane's process gets one here."""
+    """x [..., K] and a weight [N, K]. torch's own operator is no entry of OPS."""
     known = SimpleNamespace(reference=F.linear, overload=torch.ops.aten.linear.default, mutates=())
-    OPS.setdefault("linear", known)  # type: ignore[arg-type]
+    TORCH.setdefault("linear", known)
     values = torch.randn(x) * size
     values[..., :16] *= 16
     return [values.to(dtypes[0]), (torch.randn(n, x[-1]) * x[-1] ** -0.5).to(dtypes[1])]
@@ -46,7 +45,7 @@ def batched(
     known = SimpleNamespace(
         reference=lambda x, w: torch.bmm(*_views(x, w, within)), overload=torch.ops.aten.bmm.default, mutates=()
     )
-    OPS[f"bmm {within}"] = known  # type: ignore[assignment]
+    TORCH[f"bmm {within}"] = known
 
     def make() -> list[Any]:
         x = torch.randn((m, groups, k) if within else (groups, m, k))

@@ -271,7 +271,3 @@ def _swiglu(device: Device) -> None:
 
 AOT = [(f"{name} {tokens}", call) for name, call in (("experts", _experts), ("swiglu", _swiglu))
        for tokens in (1, 16, 64, 8192)]  # fmt: skip
-
-# What does not change between tiles, addresses above all, is kept in some 60 bytes of local memory while registers hold
-# sums: read once a tile, never in the loop of the products.
-SPILLS: dict[str, dict[str, Any]] = {"experts_folded": {}}

@@ -24,6 +24,15 @@ NARROW = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.int8)
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 4e-3}
 
 
+# torch's own operators, and what they are applied to: by the name that a case gives them.
+TORCH: dict[str, Any] = {}
+
+
+def operator(name: str) -> Any:
+    """An operator of a case: its reference, its overload and what it mutates."""
+    return TORCH[name] if name in TORCH else OPS[name]
+
+
 @dataclass(frozen=True)
 class Case:
     """One case.
@@ -68,7 +77,7 @@ def check(case: Case, device: str, where: Device) -> dict[str, float]:
     """Run a case on `cpu` (interpreter) or `cuda`. Returns the largest error of each result; raises AssertionError."""
     torch.manual_seed(hash_of(case.name))
     arguments = case.make()
-    expected, written = _run(lambda _, *a: OPS[case.op].reference(*a), None, arguments, "cpu", case.op)
+    expected, written = _run(lambda _, *a: operator(case.op).reference(*a), None, arguments, "cpu", case.op)
     where.tokens = case.tokens
     found, mine = _run(case.host, where, arguments, device, case.op)
     again, mine_again = _run(case.host, where, arguments, device, case.op)
@@ -114,8 +123,8 @@ def _run(
     if where != "cpu":
         torch.cuda.synchronize()
     results = [] if result is None else list(result) if isinstance(result, (tuple, list)) else [result]
-    names = [a.name for a in OPS[op].overload._schema.arguments]
-    return results, {n: given[names.index(n)] for n in OPS[op].mutates}
+    names = [a.name for a in operator(op).overload._schema.arguments]
+    return results, {n: given[names.index(n)] for n in operator(op).mutates}
 
 
 def _copy(argument: Any, where: str) -> Any:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from atomc.artifact.plan import Step
 from atomc.formats import Layout, quantize
 from atomc.ops import OPS
 from atomc.verify import Observation, examine, narrow
@@ -21,7 +22,7 @@ from atomc.verify.launched import Launched, alone
 from atomc.verify.wide import results_of
 from tests.verify.cases import ACT, CASES, TILE, arguments
 
-STEP = alone(None, [], 0)  # type: ignore[arg-type]  the plan is not looked at
+STEP = alone(Step("aten.linear.default", [], {}, [], [], ""), [], 0)  # it is not looked at
 
 
 def on(target: str) -> Launched:
