@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,6 +15,7 @@ from atomc.runtime.protocols import Serving
 from atomc.runtime.scheduler import Chunk
 
 Int32 = npt.NDArray[np.int32]
+Shapes = tuple[tuple[int, ...], ...]
 
 
 def _ends(positions: Int32, ratio: int) -> Int32:
@@ -74,3 +76,22 @@ def idle_batch(serving: Serving) -> Batch:
         window_table=table(serving.window_table_width), block_table=table(serving.block_table_width),
         csa_ends=ints(-1), hca_ends=ints(-1), logit_rows=ints(0),
     )  # fmt: skip
+
+
+def pack_batch(batch: Batch) -> torch.Tensor:
+    """All fields of a batch in one tensor [N] int32, for another rank."""
+    return torch.cat([field.reshape(-1) for field in batch])
+
+
+def shapes_of(serving: Serving, tokens: int, requests: int, csa_ends: int, hca_ends: int, rows: int) -> Shapes:
+    """The shape of every field of a batch of these sizes, in order."""
+    return (
+        (tokens,), (tokens,), (tokens,), (requests + 1,), (requests,), (requests, serving.window_table_width),
+        (requests, serving.block_table_width), (csa_ends,), (hca_ends,), (rows,),
+    )  # fmt: skip
+
+
+def unpack_batch(packed: torch.Tensor, shapes: Shapes) -> Batch:
+    """The batch that was packed; its fields are views."""
+    parts = packed.split([math.prod(shape) for shape in shapes])
+    return Batch(*(part.view(shape) for part, shape in zip(parts, shapes, strict=True)))

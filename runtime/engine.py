@@ -123,18 +123,15 @@ class Engine:
         except Exception as error:  # noqa: BLE001 - whatever it was, no client may be left waiting
             return self.fail(error)
 
-    def plan(self, *, admit: bool = True) -> StepPlan | None:
+    def plan(self) -> StepPlan | None:
         """What the next step computes, its memory taken; None: nothing. The next call must be `run`, with it.
 
-        Where several engines step together, what each will do is known to all before any of them runs. With `admit`
-        false no waiting request joins: whoever says so must say otherwise later.
+        Where several engines step together, what each will do is known to all before any of them runs.
         """
         if not self.has_work:
             return None
         start, preempted = self.clock(), self.scheduler.preemptions
-        chunks = self.scheduler.schedule(admit=admit)
-        if not chunks:
-            return None
+        chunks = self.scheduler.schedule()
         batch = build_batch(chunks, self.caches, csa_ratio=self.serving.csa_ratio, hca_ratio=self.serving.hca_ratio)
         return StepPlan(chunks, batch, start, self.scheduler.preemptions - preempted)
 

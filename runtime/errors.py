@@ -36,12 +36,13 @@ class BatchError(AtomcError):
 class RankError(AtomcError):
     """A rank of the run, or its front end, was lost: it died, is silent or late. All others stop with this error.
 
-    `rank` is the lost one (-1: the front end), `step` the step it was last heard in.
+    `ranks`: the lost one, or those that stand at the same place and do not come on (-1: the front end, -2: the store
+    of the launcher). `step`: where they were last heard.
     """
 
-    def __init__(self, message: str, *, rank: int, step: int) -> None:
+    def __init__(self, message: str, *, ranks: tuple[int, ...], step: int) -> None:
         super().__init__(message)
-        self.rank = rank
+        self.ranks = ranks
         self.step = step
 
 

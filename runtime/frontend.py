@@ -113,7 +113,9 @@ class Frontend(ABC):
     @property
     def problem(self) -> tuple[int, str]:
         """The status and code of an answer that ends in an error now."""
-        return (503, "unavailable") if self.status == "stopping" else self.failed_as
+        if self.failure is not None:
+            return self.failed_as
+        return (503, "unavailable") if self._stopping else (500, "engine_error")
 
     @property
     def active(self) -> int:

@@ -54,16 +54,13 @@ class Scheduler:
     def add(self, request: Request) -> None:
         self.waiting.append(request)
 
-    def schedule(self, *, admit: bool = True) -> list[Chunk]:
-        """The chunks of the next step, ordered by arrival; their pages and blocks are taken.
-
-        With `admit` false nothing joins; then there may be none although requests wait.
-        """
+    def schedule(self) -> list[Chunk]:
+        """The chunks of the next step, ordered by arrival; their pages and blocks are taken."""
         preemptions = self.preemptions
         chunks = self._continue()
-        if self.preemptions == preemptions and admit:
+        if self.preemptions == preemptions:
             self._join(chunks)
-        assert chunks or not (admit and self.has_work), "the scheduler found nothing to run although requests are left"
+        assert chunks or not self.has_work, "the scheduler found nothing to run although requests are left"
         return chunks
 
     def advance(self, chunks: list[Chunk]) -> None:

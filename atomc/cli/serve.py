@@ -12,11 +12,16 @@ import typer
 
 from atomc.cli.engine import MemoryOption, open_engine
 from atomc.cli.inspect import ArtifactArgument
+from atomc.runtime.options import HttpOptions, RunOptions, help_of
 
 if TYPE_CHECKING:
     import socket
 
     from atomc.runtime.protocols import Serving
+
+
+def _option(name: str, **more: Any) -> Any:
+    return typer.Option(**help_of(name), **more)
 
 
 def serve_command(
@@ -36,41 +41,41 @@ def serve_command(
     num_window_pages: Annotated[
         int | None, typer.Option(min=2, help="Pages of the sliding window.", show_default="from --max-requests")
     ] = None,
-    max_waiting: Annotated[int, typer.Option(min=0, help="Requests that may wait; more are refused with 503.")] = 1024,
-    drain_seconds: Annotated[
-        float, typer.Option(min=0, help="How long running answers may take to end after SIGTERM or Ctrl-C.")
-    ] = 30.0,
-    log_level: Annotated[str, typer.Option(help="critical, error, warning, info, debug or trace.")] = "info",
+    max_waiting: Annotated[int, _option("max_waiting")] = HttpOptions.max_waiting,
+    drain_seconds: Annotated[float, _option("drain_seconds")] = 30.0,
+    log_level: Annotated[str, _option("log_level")] = HttpOptions.log_level,
     nproc: Annotated[
-        int, typer.Option(min=1, help="Data-parallel ranks on this machine, each a process with the whole model.")
-    ] = 1,
-    silent_ms: Annotated[
-        int, typer.Option(min=500, help="Milliseconds without a sign of life after which a rank is lost.")
-    ] = 4000,
-    late_ms: Annotated[
-        int, typer.Option(min=500, help="Milliseconds that a rank may stand still in a step before it is lost.")
-    ] = 30_000,
-    hold_ms: Annotated[
-        int, typer.Option(min=0, help="Longest wait of a prompt for prompts of other ranks; 0 never waits.")
-    ] = 0,
+        int | None,
+        typer.Option(min=1, help="Ranks on this machine, each a process.", show_default="of --parallel, or 1"),
+    ] = None,
+    parallel: Annotated[str | None, _option("parallel", show_default="the whole model on each rank")] = None,
+    load_ms: Annotated[int, _option("load_ms")] = RunOptions.load_ms,
+    silent_ms: Annotated[int, _option("silent_ms")] = RunOptions.silent_ms,
+    first_ms: Annotated[int, _option("first_ms")] = RunOptions.first_ms,
+    late_ms: Annotated[int, _option("late_ms")] = RunOptions.late_ms,
 ) -> None:
     """Serve an artifact over HTTP. SIGTERM and Ctrl-C stop it when running answers have ended."""
     from atomc.cli.failure import OptionError
+    from atomc.cli.units import parse_bytes
 
     if log_level not in (levels := ("critical", "error", "warning", "info", "debug", "trace")):
         raise OptionError(f"--log-level {log_level} is none of {', '.join(levels)}.")
     from atomc.runtime.server.run import listen
 
-    caches: dict[str, Any] = {
-        "max_requests": max_requests, "memory": memory, "num_blocks": num_blocks, "num_window_pages": num_window_pages,
-    }  # fmt: skip
     http: dict[str, Any] = {"names": tuple(name or ()), "drain_seconds": drain_seconds, "log_level": log_level}
     with listen(host, port) as listener, _until_stopped():
-        if nproc == 1:
+        if parallel is None and nproc in (None, 1):
+            caches = {
+                "max_requests": max_requests, "memory": memory, "num_blocks": num_blocks,
+                "num_window_pages": num_window_pages,
+            }  # fmt: skip
             _serve_alone(artifact, listener, max_waiting, caches, http)
         else:
-            bounds = {"silent_ms": silent_ms, "late_ms": late_ms, "hold_ms": hold_ms}
-            _serve_ranks(artifact, listener, nproc, max_waiting, caches, bounds, http)
+            options = RunOptions(
+                parallel, max_requests, parse_bytes(memory, "--memory"), num_blocks, num_window_pages,
+                load_ms=load_ms, silent_ms=silent_ms, first_ms=first_ms, late_ms=late_ms,
+            )  # fmt: skip
+            _serve_ranks(artifact, listener, nproc, max_waiting, options, http)
     typer.echo("stopped.")
 
 
@@ -108,33 +113,32 @@ def _serve_alone(
 def _serve_ranks(
     artifact: Path,
     listener: socket.socket,
-    nproc: int,
+    nproc: int | None,
     max_waiting: int,
-    caches: dict[str, Any],
-    bounds: dict[str, int],
+    options: RunOptions,
     http: dict[str, Any],
 ) -> None:
     """The front end is this process, the ranks are children of it."""
-    from atomc.cli.units import parse_bytes
-    from atomc.runtime.ranks.group import Stores
-    from atomc.runtime.ranks.processes import Processes
-    from atomc.runtime.ranks.serve import RankedServer
-    from atomc.runtime.ranks.watchdog import Bounds
+    import secrets
 
-    watched = Bounds(silent_ms=bounds["silent_ms"], late_ms=bounds["late_ms"])
-    given = {"memory_bytes": parse_bytes(caches.pop("memory"), "--memory"), **caches, **bounds}
-    options = [f"--{key.replace('_', '-')}={value}" for key, value in given.items() if value is not None]
-    stores = Stores.open("127.0.0.1", 0, "0", watched, host_it=True)
-    server = RankedServer(artifact, nproc, "127.0.0.1", stores, watched, max_waiting=max_waiting)
-    arguments = [str(artifact), "--role=rank", *options]
-    processes = Processes(arguments, nproc, "127.0.0.1", stores.port, server.lost)
+    from atomc.runtime.ranks.group import Stores
+    from atomc.runtime.ranks.mesh import read_mesh
+    from atomc.runtime.ranks.processes import Processes
+    from atomc.runtime.ranks.serve import RankedServer, bounds_of
+
+    size = nproc or read_mesh(options.parallel or "").size
+    bounds, key, here = bounds_of(options), secrets.token_hex(32), "127.0.0.1"
+    stores = Stores.open(here, 0, "0", bounds, host_it=True)
+    server = RankedServer(artifact, size, here, stores, options, key=key, max_waiting=max_waiting)
+    processes = Processes([str(artifact), "--role=rank", *options.arguments()], size, here, stores.port, key)
     try:
+        processes.start(server.lost)
         server.gather()
         sizes = [f"rank {line.ready.rank}: {line.ready.capacity}" for line in server.front.lines]
         _greet(artifact, server.front.serving, sizes, listener, http["names"])
         server.serve(listener, **http)
     finally:
-        processes.end(watched.grace_ms / 1000 + 1)
+        processes.end(bounds.grace_ms / 1000 + 1)
 
 
 def _greet(

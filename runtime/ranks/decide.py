@@ -2,11 +2,7 @@
 
 Contract:
     A rank that has nothing to run still reports, and every rank sees every report; so nobody waits for a rank that has
-    decided otherwise. No clock is read here: a wait is a number in a report, and each rank judges its own clock.
-
-Terms:
-    hold    waiting prompts do not join in the next step, so that more of them share one: a step with a prompt in it
-            costs every rank, whoever's prompt it is. Bounded in milliseconds of the oldest prompt's wait.
+    decided otherwise. No clock is read here.
 """
 
 from __future__ import annotations
@@ -15,35 +11,33 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from atomc.ops.batch import Batch
+
 
 class Report(NamedTuple):
     """What a rank says of itself before a step; integers, sent as they are.
 
     Attributes:
         step: its number of the step; all must agree. stop: 1 when it is told to stop.
-        tokens, requests: that it runs in this step; 0 when it has nothing to run.
-        prefill: 1 when one of them is a part of a prompt. running: requests that hold a slot.
-        pending: tokens of prompts that wait to join, at most `max_batch_tokens`.
-        waited_ms: how long the oldest of those has waited.
+        tokens, requests, csa_ends, hca_ends, logit_rows: sizes of its batch; 0 when it has nothing to run, or when it
+            runs the batch of another rank.
     """
 
     step: int
     stop: int
-    tokens: int
-    requests: int
-    prefill: int
-    running: int
-    pending: int
-    waited_ms: int
+    tokens: int = 0
+    requests: int = 0
+    csa_ends: int = 0
+    hca_ends: int = 0
+    logit_rows: int = 0
 
-
-@dataclass(frozen=True)
-class HoldPolicy:
-    """`bound_ms`: longest hold, 0 never holds. `fill`: share of all ranks' token budget that is worth a step."""
-
-    bound_ms: int = 0
-    fill: float = 0.9
-    max_batch_tokens: int = 1
+    @classmethod
+    def of(cls, step: int, stop: bool, batch: Batch | None) -> Report:
+        """`batch`: what it would run."""
+        if batch is None:
+            return cls(step, int(stop))
+        fields = batch.ids, batch.slots, batch.csa_ends, batch.hca_ends, batch.logit_rows
+        return cls(step, int(stop), *(len(field) for field in fields))
 
 
 @dataclass(frozen=True)
@@ -51,14 +45,13 @@ class Decision:
     """What a step is, the same on every rank.
 
     Attributes:
-        stop: the ranks end before this step. admit: waiting prompts may join in the *next* step.
-        tokens: of each rank in this step. bucket: what uniform steps are padded to, the most of them.
-        prefill: some rank computes a part of a prompt, so that sizes are each rank's own and no graph is replayed.
+        stop: the ranks end before this step. tokens: of each data-parallel rank in this step.
+        bucket: what uniform steps are padded to, the most of them.
+        prefill: on some rank it is more than one token of each request and its logits, so that sizes are each rank's
+            own and no graph is replayed.
     """
 
-    step: int
     stop: bool
-    admit: bool
     prefill: bool
     tokens: tuple[int, ...]
     bucket: int
@@ -69,27 +62,13 @@ class Decision:
         return self.bucket > 0
 
 
-def decide(reports: Sequence[Report], policy: HoldPolicy) -> Decision:
-    """The decision for reports of one step, in the order of ranks."""
-    tokens = tuple(report.tokens for report in reports)
+def decide(reports: Sequence[Report], tp: int = 1) -> Decision:
+    """The decision for reports of one step, in the order of ranks; each `tp` of them run the batch of the first."""
+    firsts = reports[::tp]
+    tokens = tuple(report.tokens for report in firsts)
     return Decision(
-        step=reports[0].step,
         stop=all(report.stop for report in reports),
-        admit=not _hold(reports, policy),
-        prefill=any(report.prefill for report in reports),
+        prefill=any(not report.tokens == report.requests == report.logit_rows for report in firsts),
         tokens=tokens,
         bucket=max(tokens),
     )
-
-
-def _hold(reports: Sequence[Report], policy: HoldPolicy) -> bool:
-    if policy.bound_ms == 0:
-        return False
-    if not any(report.running for report in reports):
-        return False  # nothing runs that a prompt would disturb
-    if any(report.prefill for report in reports):
-        return False  # the step is a prefill step already
-    if any(report.waited_ms >= policy.bound_ms for report in reports):
-        return False
-    budget = len(reports) * policy.max_batch_tokens
-    return sum(report.pending for report in reports) < policy.fill * budget

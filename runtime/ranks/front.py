@@ -10,14 +10,11 @@ from __future__ import annotations
 import asyncio
 import os
 import queue
-import secrets
 import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from multiprocessing import AuthenticationError
-from multiprocessing.connection import Connection, Listener
 from pathlib import Path
 from typing import Final
 
@@ -29,22 +26,11 @@ from atomc.runtime.frontend import Frontend
 from atomc.runtime.intake import Intake
 from atomc.runtime.metrics import Metrics
 from atomc.runtime.protocols import Serving
+from atomc.runtime.ranks.beats import FRONT, Bounds
 from atomc.runtime.ranks.group import Stores, machine
-from atomc.runtime.ranks.watchdog import FRONT, Bounds, Watchdog
-from atomc.runtime.ranks.wire import (
-    Abort,
-    Add,
-    Done,
-    Leave,
-    Outputs,
-    Ready,
-    Stop,
-    ToFront,
-    ToRank,
-    Wake,
-    decode_for_front,
-    encode,
-)
+from atomc.runtime.ranks.lines import Line, Lines
+from atomc.runtime.ranks.watchdog import Watchdog
+from atomc.runtime.ranks.wire import Abort, Add, Done, Leave, Outputs, Ready, Stop, ToFront, Wake
 from atomc.runtime.request import Output, Request
 
 _LOOK_SECONDS: Final = 0.1
@@ -54,70 +40,8 @@ _LINGER_SECONDS: Final = 1.0
 _END_SECONDS: Final = 1.0
 
 
-class _Line:
-    """The connection to one rank, with its two threads. `gone` is called once, when it ends without `Done`."""
-
-    def __init__(
-        self, connection: Connection, ready: Ready, take: Callable[[int, ToFront], None], gone: Callable[[int], None]
-    ) -> None:
-        self.ready, self.ended = ready, threading.Event()
-        self._connection, self._take, self._gone = connection, take, gone
-        self._out: queue.SimpleQueue[ToRank | None] = queue.SimpleQueue()
-        for work in (self._read, self._write):
-            threading.Thread(target=work, name=f"atomc-rank-{ready.rank}", daemon=True).start()
-
-    def send(self, message: ToRank) -> None:
-        self._out.put(message)
-
-    def close(self) -> None:
-        self._out.put(None)
-
-    def _read(self) -> None:
-        try:
-            while not isinstance(message := decode_for_front(self._connection.recv_bytes()), Done):
-                self._take(self.ready.rank, message)
-            self.ended.set()
-            self._take(self.ready.rank, message)
-        except (EOFError, OSError):
-            self.ended.set()
-            self._gone(self.ready.rank)
-
-    def _write(self) -> None:
-        with suppress(OSError):  # the reader sees the same end, and says so
-            while (message := self._out.get()) is not None:
-                self._connection.send_bytes(encode(message))
-        with suppress(OSError):
-            self._connection.close()
-
-
-class Lines:
-    """Where ranks call: listens at a free port of `host`, which it tells in the run's store, with the run's key."""
-
-    def __init__(self, host: str, size: int) -> None:
-        self.size, self._key = size, secrets.token_bytes(32)
-        self._listener = Listener((host, 0), backlog=size, authkey=self._key)
-
-    def tell(self, stores: Stores) -> None:
-        host, port = self._listener.address
-        stores.words.set("front", f"{host} {port} {self._key.hex()}")
-
-    def accept(self) -> tuple[Connection, Ready]:
-        """The next rank that calls, and what it says of itself. Raises `OSError` once closed."""
-        while True:
-            try:
-                connection = self._listener.accept()
-                message = decode_for_front(connection.recv_bytes())
-            except (EOFError, ConnectionError, AuthenticationError):
-                continue  # no rank of this run, or one that died while it called: the watchdog sees that
-            if isinstance(message, Ready):
-                return connection, message
-
-    def close(self) -> None:
-        self._listener.close()
-
-
 class RankedFront(Frontend):
-    """Requests to ranks; `gather` first. `max_waiting` bounds the queue of all ranks together.
+    """Requests to the first of each `tp` ranks; `gather` first. `max_waiting` bounds the queue of all ranks together.
 
     `on_end` is called once, from some thread, when the run ends before `shutdown`: a rank was lost, or was told to
     leave by a signal.
@@ -133,14 +57,16 @@ class RankedFront(Frontend):
         stores: Stores,
         bounds: Bounds,
         *,
+        tp: int = 1,
         max_waiting: int = 1024,
         on_end: Callable[[], None] = lambda: None,
     ) -> None:
         vocabulary = Vocabulary.from_file(tokenizer_path)
         super().__init__(Intake(serving, vocabulary, serving.max_context), Metrics(), tokenizer_path, max_waiting)
         self.size, self.on_end = size, on_end
+        self.leaders = range(0, size, tp)
         self.error: RankError | None = None
-        self.lines: list[_Line] = []
+        self.lines: list[Line] = []
         self._books = threading.Lock()  # over the next two
         self._where: dict[str, tuple[int, Request]] = {}
         self._loads = [[0, 0] for _ in range(size)]  # requests and their prompts' tokens, of each rank
@@ -151,24 +77,23 @@ class RankedFront(Frontend):
         )
         self._steps = Gauge("atomc_rank_step", "Last step that gave tokens", ["rank"], registry=self.metrics.registry)
         self.watchdog = Watchdog(
-            FRONT, size, stores.words, stores.looks, bounds, on_fault=self._fail, end_process=False
-        )
+            FRONT, size, stores.beats, stores.faults, bounds, hosted=stores.hosted, on_fault=self._fail,
+            end_process=False,
+        )  # fmt: skip
 
     def gather(self, lines: Lines) -> None:
         """Wait until every rank has called. Raises `RankError` when one is lost before that."""
-        waiting: queue.SimpleQueue[tuple[Connection, Ready]] = queue.SimpleQueue()
-        threading.Thread(target=_accept_all, args=(lines, waiting), name="atomc-accept", daemon=True).start()
-        found: dict[int, _Line] = {}
+        found: dict[int, Line] = {}
         while len(found) < self.size:
             with suppress(queue.Empty):
-                connection, ready = waiting.get(timeout=0.05)
-                found[ready.rank] = _Line(connection, ready, self._take, self._gone)
+                connection, ready = lines.arrived.get(timeout=0.05)
+                found[ready.rank] = Line(connection, ready, self._take, self._gone)
             if self.error is not None:
                 raise self.error
         lines.close()
         self.lines = [found[rank] for rank in range(self.size)]
         self.intake.token_capacity = min(line.ready.token_capacity for line in self.lines)
-        self.max_live += sum(line.ready.max_requests for line in self.lines)
+        self.max_live += sum(self.lines[rank].ready.max_requests for rank in self.leaders)
 
     # -- a Frontend ----------------------------------------------------------------------------------------------------
 
@@ -189,7 +114,7 @@ class RankedFront(Frontend):
     def _enter(self, request: Request) -> int:
         """Put a request into the books of the rank with the fewest requests, then the fewest tokens of prompts."""
         with self._books:
-            rank = min(range(self.size), key=lambda each: (*self._loads[each], each))
+            rank = min(self.leaders, key=lambda each: (*self._loads[each], each))
             self._loads[rank][0] += 1
             self._loads[rank][1] += request.prompt_tokens
             self._where[request.id] = rank, request
@@ -254,10 +179,9 @@ class RankedFront(Frontend):
         self.metrics.ended(request, reason, self.intake.clock())
         return rank
 
-    def _gone(self, rank: int) -> None:
-        """A rank's connection was closed without a last word: its process has ended."""
-        if self.error is None:
-            self.watchdog.accuse(rank, "its process ended", self.watchdog.latest(rank))
+    def _gone(self, rank: int, why: str) -> None:
+        """A rank's connection was closed without a last word."""
+        self.watchdog.accuse([rank], why)
 
     def _fail(self, error: RankError) -> None:
         with self._gate:  # what is let in after this is refused, what was let in before gets its error below
@@ -276,14 +200,8 @@ class RankedFront(Frontend):
         fault, here = self.watchdog.fault, machine()
         until = time.monotonic() + self.watchdog.bounds.grace_ms / 1000 + _END_SECONDS
         for line in self.lines:
-            silent = fault is not None and fault.member == line.ready.rank != fault.seen_by
+            silent = fault is not None and line.ready.rank in fault.members and line.ready.rank != fault.seen_by
             ended = line.ended.wait(0 if silent else max(0.0, until - time.monotonic()))
             if not ended and line.ready.machine == here:
                 with suppress(OSError):
                     os.kill(line.ready.pid, signal.SIGKILL)
-
-
-def _accept_all(lines: Lines, found: queue.SimpleQueue[tuple[Connection, Ready]]) -> None:
-    with suppress(OSError):  # closed: all are there
-        for _ in range(lines.size):
-            found.put(lines.accept())

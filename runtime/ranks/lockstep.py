@@ -2,7 +2,8 @@
 
 Contract:
     All ranks take the same turns. A rank without requests reports zeros and, when the executor's steps hold
-    collectives, runs a batch of padding instead. Outputs of a step leave only if the run has no fault after it.
+    collectives, runs a batch of padding instead; one that does not lead its tp group runs the batch of the one that
+    does. Outputs of a step leave only if the run has no fault after it.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from typing import Final
 from atomc.runtime.batch import idle_batch
 from atomc.runtime.engine import Engine, StepPlan
 from atomc.runtime.protocols import ShardedExecutor
-from atomc.runtime.ranks.decide import Decision, HoldPolicy, Report, decide
+from atomc.runtime.ranks.beats import FIRST, RUN
+from atomc.runtime.ranks.decide import Decision, Report, decide
 from atomc.runtime.ranks.group import Ranks
-from atomc.runtime.ranks.watchdog import RUN
 from atomc.runtime.ranks.wire import Abort, Add, Channel, Done, Leave, Outputs, Stop, ToRank, Wake
 from atomc.runtime.request import Output, Request
 
@@ -26,15 +27,16 @@ _IDLE_SECONDS: Final = 0.1
 class Lockstep:
     """Runs `engine` in step with all ranks until the front end stops them.
 
-    `asked_to_leave` is called once a turn; when it says so, the front end is told.
+    `leave`, once set, by a signal, tells the front end that the run shall end.
     """
 
-    def __init__(self, engine: Engine, ranks: Ranks, channel: Channel, policy: HoldPolicy | None = None) -> None:
+    def __init__(self, engine: Engine, ranks: Ranks, channel: Channel) -> None:
         self.engine, self.ranks, self.channel = engine, ranks, channel
-        self.policy = policy or HoldPolicy()
-        self.leave = False  # set by a signal
-        self._told = False
-        self._step, self._admit, self._stop = 0, True, False
+        executor = engine.executor
+        self._sharded = executor if isinstance(executor, ShardedExecutor) else None
+        self.leave = False
+        self._told, self._ran = False, False
+        self._step, self._stop = 0, False
 
     def run(self) -> None:
         """Raises `RankError` when a rank or the front end is lost, this one included."""
@@ -49,58 +51,43 @@ class Lockstep:
             self._told = True
             self._send(Leave())
         plan = self._plan()
-        decision = decide(self.ranks.agree(self._report(plan)), self.policy)
+        report = Report.of(self._step, self._stop, None if plan is None else plan.batch)
+        reports = self.ranks.agree(report)
+        decision = decide(reports, self.ranks.tp)
         if decision.stop:
             return None
         if decision.busy:
-            self.ranks.watchdog.announce(self._step, RUN)
-            outputs = self._run(plan, decision)
+            outputs = self._run(plan, reports, decision)
             self.ranks.watchdog.check()
             self._answer(outputs)
-        self._admit = decision.admit
         self._step += 1
         return decision
 
     def _plan(self) -> StepPlan | None:
         try:
-            return self.engine.plan(admit=self._admit)
+            return self.engine.plan()
         except Exception as error:  # noqa: BLE001  whatever it is, the others must not wait for this rank
-            self._failed(error)
+            self.ranks.failed(error)
         return None
 
-    def _run(self, plan: StepPlan | None, decision: Decision) -> list[Output]:
-        executor = self.engine.executor
+    def _run(self, plan: StepPlan | None, reports: list[Report], decision: Decision) -> list[Output]:
+        leader = reports[self.ranks.rank // self.ranks.tp * self.ranks.tp]
+        batch = None if plan is None else plan.batch
+        if self.ranks.tp > 1 and leader.tokens:
+            batch = self.ranks.share(batch, leader, self.engine.serving)
+        runs = self._sharded is not None or plan is not None
+        if runs:
+            self.ranks.watchdog.announce(self._step, RUN if self._ran else FIRST)
+        self._ran = self._ran or runs
         try:
-            if isinstance(executor, ShardedExecutor):
-                executor.begin(decision.tokens, decision.bucket, decision.prefill)
+            if self._sharded is not None:
+                self._sharded.begin(decision.tokens, decision.bucket, decision.prefill)
                 if plan is None:
-                    executor.step(idle_batch(self.engine.serving))
+                    self._sharded.step(batch or idle_batch(self.engine.serving))
             return [] if plan is None else self.engine.run(plan)
-        except Exception as error:  # noqa: BLE001
-            self._failed(error)
+        except Exception as error:  # noqa: BLE001  what this rank's caches hold is unknown
+            self.ranks.failed(error)
         return []
-
-    def _failed(self, error: Exception) -> None:
-        """Raises `RankError`: what this rank's caches hold is unknown, and the others depend on it."""
-        self.ranks.watchdog.check()  # a collective inside of the step fails when another rank is lost
-        self.ranks.watchdog.accuse(self.ranks.rank, f"{type(error).__name__}: {error}")
-        self.ranks.watchdog.check()
-
-    def _report(self, plan: StepPlan | None) -> Report:
-        scheduler, serving = self.engine.scheduler, self.engine.serving
-        chunks = [] if plan is None else plan.chunks
-        pending = sum(request.pending for request in scheduler.waiting)
-        oldest = min((request.arrival for request in scheduler.waiting), default=None)
-        return Report(
-            step=self._step,
-            stop=int(self._stop),
-            tokens=sum(chunk.length for chunk in chunks),
-            requests=len(chunks),
-            prefill=int(any(chunk.length > 1 or not chunk.request.generated for chunk in chunks)),
-            running=len(scheduler.running),
-            pending=min(pending, serving.max_batch_tokens),
-            waited_ms=0 if oldest is None else int((self.engine.clock() - oldest) * 1000),
-        )
 
     def _answer(self, outputs: list[Output]) -> None:
         if outputs:

@@ -9,9 +9,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Final
 
 _LOOK_SECONDS: Final = 0.05
+# The variable that a run's key is in.
+KEY: Final = "ATOMC_RUN_KEY"
 
 
 def how_it_ended(code: int) -> str:
@@ -31,38 +34,60 @@ def environment_of(rank: int, size: int, host: str, port: int, base: Mapping[str
     return {**base, **{name: str(value) for name, value in own.items()}}
 
 
+def end_with_parent(seconds: float) -> None:
+    """End this process `seconds` after its standard input does: whoever started it holds the other end, and is gone.
+
+    Only the last way out: the watchdog sees the same sooner, once it runs, and can say who was lost.
+    """
+
+    def wait() -> None:
+        while os.read(0, 1024):
+            pass
+        time.sleep(seconds)
+        os._exit(1)
+
+    threading.Thread(target=wait, name="atomc-parent", daemon=True).start()
+
+
 class Processes:
-    """`python -m atomc.runtime ARGUMENTS` for each rank. `lost` is called, from a thread, for the first that ends."""
+    """`python -m atomc.runtime ARGUMENTS` for each rank, from `start` to `end`.
 
-    def __init__(
-        self, arguments: Sequence[str], size: int, host: str, port: int, lost: Callable[[int, str], None]
-    ) -> None:
-        command = [sys.executable, "-m", "atomc.runtime", *arguments]
-        self._lost, self._ending = lost, threading.Event()
-        # In sessions of their own: Ctrl-C reaches the front end alone, which then ends them in good order.
-        self.all = [
-            subprocess.Popen(
-                command, env=environment_of(rank, size, host, port, os.environ), stdin=subprocess.DEVNULL,
-                start_new_session=True,
-            )
-            for rank in range(size)
+    `lost` is called, from a thread, for the first that ends. `key`: what proves that a rank is one of this run.
+    """
+
+    def __init__(self, arguments: Sequence[str], size: int, host: str, port: int, key: str) -> None:
+        self._command = [sys.executable, "-m", "atomc.runtime", *arguments]
+        self._environments = [
+            {**environment_of(rank, size, host, port, os.environ), KEY: key} for rank in range(size)
         ]  # fmt: skip
-        threading.Thread(target=self._watch, name="atomc-processes", daemon=True).start()
+        self._ending = threading.Event()
+        self.all: list[subprocess.Popen[bytes]] = []
 
-    def _watch(self) -> None:
+    def start(self, lost: Callable[[int, str], None]) -> None:
+        for environment in self._environments:
+            # In sessions of their own: Ctrl-C reaches the front end alone, which then ends them in good order.
+            self.all.append(
+                subprocess.Popen(self._command, env=environment, stdin=subprocess.PIPE, start_new_session=True)
+            )
+        threading.Thread(target=self._watch, args=(lost,), name="atomc-processes", daemon=True).start()
+
+    def _watch(self, lost: Callable[[int, str], None]) -> None:
         while not self._ending.wait(_LOOK_SECONDS):
             for rank, process in enumerate(self.all):
                 if process.poll():
-                    self._lost(rank, how_it_ended(process.returncode))
+                    lost(rank, how_it_ended(process.returncode))
                     return
 
     def end(self, wait_seconds: float) -> None:
-        """Wait for all to end by themselves, then kill what is left."""
+        """Wait for all to end by themselves, then kill what is left, at once where the wait is interrupted."""
         self._ending.set()
         until = time.monotonic() + wait_seconds
-        for process in self.all:
-            try:
-                process.wait(max(0.0, until - time.monotonic()))
-            except subprocess.TimeoutExpired:
+        try:
+            for process in self.all:
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(max(0.0, until - time.monotonic()))
+        finally:
+            for process in self.all:
                 process.kill()
+            for process in self.all:
                 process.wait()

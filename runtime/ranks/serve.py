@@ -1,4 +1,4 @@
-"""`serve_ranks`: the front end of a run behind HTTP; `run_rank`: one rank of it, from loading to the end."""
+"""`RankedServer`: the front end of a run behind HTTP; `run_rank`: one rank of it, from its start to its end."""
 
 from __future__ import annotations
 
@@ -6,52 +6,64 @@ import asyncio
 import os
 import signal
 import socket
+import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from multiprocessing import AuthenticationError
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
 from atomc.artifact.store import artifact_hash, read_manifest
 from atomc.errors import AtomcError
-from atomc.runtime.capacity import DEFAULT_SHARE, Capacity, free_memory, open_executor
+from atomc.runtime.capacity import DEFAULT_SHARE, free_memory, open_executor
 from atomc.runtime.engine import Engine
 from atomc.runtime.errors import RankError, ServingError
-from atomc.runtime.executor import Executor
-from atomc.runtime.ranks.decide import HoldPolicy
-from atomc.runtime.ranks.front import Lines, RankedFront
+from atomc.runtime.options import RunOptions
+from atomc.runtime.protocols import Executor
+from atomc.runtime.ranks.beats import Bounds
+from atomc.runtime.ranks.front import RankedFront
 from atomc.runtime.ranks.group import Place, Ranks, Stores, machine
+from atomc.runtime.ranks.lines import Lines
 from atomc.runtime.ranks.lockstep import Lockstep
-from atomc.runtime.ranks.watchdog import Bounds
+from atomc.runtime.ranks.mesh import mesh_of
 from atomc.runtime.ranks.wire import Channel, Ready
 from atomc.runtime.server.run import Server, make_server
 
 
-@dataclass(frozen=True)
-class CacheSizes:
-    """Of each rank; as `open_executor` takes them."""
-
-    max_requests: int | None = None
-    memory_bytes: int | None = None
-    num_blocks: int | None = None
-    num_window_pages: int | None = None
+def bounds_of(options: RunOptions) -> Bounds:
+    """How long anybody may take."""
+    return Bounds(options.join_ms, options.load_ms, options.silent_ms, options.first_ms, options.late_ms)
 
 
 class RankedServer:
-    """A front end that gathers its ranks, then serves. `front` can be told of lost processes from the start."""
+    """A front end that gathers its ranks, then serves. `front` can be told of lost processes from the start.
+
+    `key`: what the ranks were handed to prove themselves; None: they find it in the store.
+    """
 
     def __init__(
-        self, artifact: Path, size: int, host: str, stores: Stores, bounds: Bounds, *, max_waiting: int = 1024
+        self,
+        artifact: Path,
+        size: int,
+        host: str,
+        stores: Stores,
+        options: RunOptions,
+        *,
+        key: str | None = None,
+        max_waiting: int = 1024,
     ) -> None:
         self._server: Server | None = None
         self._ended = False
-        serving = read_manifest(artifact).serving
+        serving, mesh = read_manifest(artifact).serving, mesh_of(options.parallel, size)
         self.front = RankedFront(
-            serving, artifact / "tokenizer.json", size, stores, bounds, max_waiting=max_waiting, on_end=self._end
-        )
-        self._lines = Lines(host, size)
-        self._lines.tell(stores)
+            serving, artifact / "tokenizer.json", size, stores, bounds_of(options), tp=mesh.tp,
+            max_waiting=max_waiting, on_end=self._end,
+        )  # fmt: skip
+        self._lines = Lines(host, size, key)
+        self._lines.open(stores)
         self.front.watchdog.start()
 
     def _end(self) -> None:
@@ -61,7 +73,7 @@ class RankedServer:
 
     def lost(self, rank: int, why: str) -> None:
         """The process of a rank has ended; any thread may say so."""
-        self.front.watchdog.accuse(rank, why, self.front.watchdog.latest(rank))
+        self.front.watchdog.accuse([rank], why)
 
     def gather(self) -> None:
         """Wait for all ranks. Raises `RankError` when one is lost before it is there."""
@@ -72,7 +84,7 @@ class RankedServer:
         listener: socket.socket,
         *,
         names: Sequence[str] = (),
-        drain_seconds: float = 30.0,
+        drain_seconds: float = 20.0,
         log_level: str = "info",
     ) -> None:
         """Serve until a signal. Raises `RankError` when a rank was lost: all clients have their errors then."""
@@ -85,69 +97,92 @@ class RankedServer:
                 raise self.front.error
 
 
+class Source(Protocol):
+    """What a rank runs: asked in this order, the last once the ranks have met."""
+
+    def same(self) -> str:
+        """What all ranks must have in common."""
+        ...
+
+    def device(self, place: Place) -> torch.device | None:
+        """This rank's GPU, which is the current one from now on; None on the CPU."""
+        ...
+
+    def load(self, ranks: Ranks) -> tuple[Executor, str]:
+        """The executor, and a line about its capacity."""
+        ...
+
+
+class ArtifactSource:
+    """An artifact, in the layout that the options say."""
+
+    def __init__(self, artifact: Path, options: RunOptions) -> None:
+        self.artifact, self.options = artifact, options
+
+    def same(self) -> str:
+        layout = "" if self.options.parallel is None else f", --parallel {self.options.parallel}"
+        return f"artifact {artifact_hash(self.artifact)}{layout}"
+
+    def device(self, place: Place) -> torch.device | None:
+        """Raises `ServingError` when there are fewer GPUs than ranks."""
+        if not read_manifest(self.artifact).arch:
+            return None
+        if place.local_rank >= torch.cuda.device_count():
+            raise ServingError(
+                f"Rank {place.rank} is number {place.local_rank} on its machine, which has "
+                f"{torch.cuda.device_count()} GPUs. Start as many ranks as there are GPUs."
+            )
+        torch.cuda.set_device(place.local_rank)
+        return torch.device("cuda", place.local_rank)
+
+    def load(self, ranks: Ranks) -> tuple[Executor, str]:
+        options, memory = self.options, self.options.memory_bytes
+        if memory is None and not read_manifest(self.artifact).arch:  # the ranks of one machine share its memory
+            memory = int(free_memory() * DEFAULT_SHARE / ranks.place.local_size)
+        executor, capacity = open_executor(
+            self.artifact, max_requests=options.max_requests, memory_bytes=memory, num_blocks=options.num_blocks,
+            num_window_pages=options.num_window_pages, parallel=options.parallel,
+            peers=None if options.parallel is None else ranks,
+        )  # fmt: skip
+        return executor, str(capacity)
+
+
 def run_rank(
-    artifact: Path,
-    place: Place,
-    bounds: Bounds,
-    caches: CacheSizes,
-    *,
-    hold_ms: int = 0,
-    alive: Callable[[], None] = lambda: None,
+    source: Source, place: Place, options: RunOptions, key: str | None = None, alive: Callable[[], None] = lambda: None
 ) -> None:
-    """Load, join the others, and step with them until the front end says stop.
+    """Join the others, load, and step with them until the front end says stop.
 
     `alive` is called while waiting for the front end, and may raise.
 
     Raises:
-        AtomcError: the artifact cannot be run here. RankError: a rank or the front end was lost.
+        RankError: a rank or the front end was lost; this one, whatever went wrong here.
+        ServingError: there is no such run.
     """
-    ranks = Ranks(place, Stores.open(place.host, place.port, place.attempt, bounds), bounds)
+    bounds, mesh = bounds_of(options), mesh_of(options.parallel, place.size)
+    stores = Stores.open(place.host, place.port, place.attempt, bounds, hosted=place.hosted)
+    ranks = Ranks(place, stores, bounds, tp=mesh.tp)
     ranks.begin()
     try:
-        executor, capacity = _load(artifact, place, caches)
-    except AtomcError as error:
-        ranks.watchdog.accuse(place.rank, error.message.rstrip("."))
+        ranks.join(same=source.same(), device=source.device(place), collectives=options.parallel is not None)
+        executor, capacity = source.load(ranks)
+        engine = Engine(executor)
+        channel = _call(ranks, alive, bounds, key)
+        limits = engine.caches.token_capacity, engine.scheduler.max_running
+        channel.send(Ready(place.rank, os.getpid(), machine(), *limits, capacity))
+        loop = Lockstep(engine, ranks, channel)
+        _leave_on_signal(loop)
+        loop.run()
+    except RankError:
         raise
-    same = f"artifact {artifact_hash(artifact)}, hold of {hold_ms} ms"
-    ranks.join(on_gpu=executor.gpu is not None, same=same)
-    engine = Engine(executor)
-    channel = _call(ranks, alive, bounds)
-    channel.send(
-        Ready(
-            place.rank,
-            os.getpid(),
-            machine(),
-            engine.caches.token_capacity,
-            engine.scheduler.max_running,
-            str(capacity),
-        )
-    )
-    policy = HoldPolicy(bound_ms=hold_ms, max_batch_tokens=executor.serving.max_batch_tokens)
-    loop = Lockstep(engine, ranks, channel, policy)
-    _leave_on_signal(loop)
-    loop.run()
+    except Exception as error:
+        if not isinstance(error, AtomcError):
+            traceback.print_exc()
+        ranks.failed(error)
+        raise
     ranks.close()
 
 
-def _load(artifact: Path, place: Place, caches: CacheSizes) -> tuple[Executor, Capacity]:
-    """Ranks of one machine share its memory, unless each has a device."""
-    memory = caches.memory_bytes
-    if read_manifest(artifact).arch:
-        if place.local_rank >= torch.cuda.device_count():
-            raise ServingError(
-                f"Rank {place.rank} is number {place.local_rank} on its machine, which has {torch.cuda.device_count()} "
-                "GPUs. Start as many ranks as there are GPUs."
-            )
-        torch.cuda.set_device(place.local_rank)
-    elif memory is None:
-        memory = int(free_memory() * DEFAULT_SHARE / place.local_size)
-    return open_executor(
-        artifact, max_requests=caches.max_requests, memory_bytes=memory, num_blocks=caches.num_blocks,
-        num_window_pages=caches.num_window_pages,
-    )  # fmt: skip
-
-
-def _call(ranks: Ranks, alive: Callable[[], None], bounds: Bounds) -> Channel:
+def _call(ranks: Ranks, alive: Callable[[], None], bounds: Bounds, key: str | None) -> Channel:
     """The line to the front end, once it has told where it is."""
     until = time.monotonic() + bounds.join_ms / 1000
     while (address := ranks.front_address()) is None:
@@ -156,9 +191,10 @@ def _call(ranks: Ranks, alive: Callable[[], None], bounds: Bounds) -> Channel:
         if time.monotonic() > until:
             raise ServingError(f"There is no front end after {bounds.join_ms:,} ms.")
         time.sleep(bounds.interval)
+    host, port, told = address
     try:
-        return Channel.connect(*address)
-    except (OSError, EOFError) as error:
+        return Channel.connect(host, port, (key or told).encode())
+    except (OSError, EOFError, AuthenticationError) as error:
         ranks.front_is_gone(error)
         raise
 
@@ -174,6 +210,8 @@ def _leave_on_signal(loop: Lockstep) -> None:
         signal.signal(number, leave)
 
 
-def end_rank(error: AtomcError | None) -> None:
+def end_rank(failed: bool) -> None:
     """End this process at once: threads of a broken process group would wait for ever at a normal exit."""
-    os._exit(0 if error is None else RankError.exit_code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(RankError.exit_code if failed else 0)

@@ -1,103 +1,64 @@
 """`Watchdog`: signs of life of all members of a run, through a store and never through a collective.
 
 Contract:
-    A member that is silent longer than `silent_ms`, or that others wait for longer than `late_ms`, becomes the run's
-    one fault: the first that is written stands, and all members read the same. A member whose main thread does not
-    come back within `grace_ms` of a fault is ended here: a blocked collective cannot be interrupted from outside.
+    The front end judges the ranks: one that is silent longer than `silent_ms`, or stands still longer than its stage
+    allows while nobody is behind it, becomes the run's one fault: the first that is written stands, and all members
+    read the same. A rank judges the front end and the store alone.
+    Only the keeper, a thread of its own, waits for the store. Everything is judged by the clock here and by what the
+    keeper last brought, so a store that does not answer is a fault like any other, and never a wait.
+    A member whose main thread does not come back within `grace_ms` of a fault is ended here: a blocked collective
+    cannot be interrupted from outside.
 
 Terms:
-    member     a rank, or the front end (`FRONT`)
-    beat       what a member last said: how often, its step, its stage in it
     silence    counted in this watchdog's own looks, so that a machine that sleeps accuses nobody when it wakes
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-import msgspec
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 from atomc.runtime.errors import RankError
+from atomc.runtime.ranks.beats import (
+    DONE,
+    FRONT,
+    NOBODY,
+    STORE,
+    Beat,
+    Bounds,
+    Fault,
+    beat_in,
+    fault_in,
+    key_of,
+    text_of,
+)
 
-FRONT: Final = -1
-LOADING, AGREE, RUN, DONE = range(4)
-STAGES: Final = ("loading", "agreeing on it", "running it", "done")
-_NOBODY: Final = b"-"
 _FAULT: Final = "fault"
-
-
-class Beat(msgspec.Struct, array_like=True, frozen=True):
-    """`at` counts collectives within the stage, where an executor reports them."""
-
-    count: int = 0
-    step: int = 0
-    stage: int = LOADING
-    at: int = 0
-
-    @property
-    def progress(self) -> tuple[int, int, int]:
-        return self.step, self.stage, self.at
-
-
-class Fault(msgspec.Struct, array_like=True, frozen=True):
-    """The one reason a run ends. `why` continues "rank 2 was lost in step 57 (running it): "."""
-
-    member: int
-    step: int
-    stage: int
-    why: str
-    seen_by: int
-
-    def error(self, size: int) -> RankError:
-        """The error that every member raises; `size` is the number of ranks."""
-        where = "while loading" if self.stage == LOADING else f"in step {self.step} ({STAGES[self.stage]})"
-        text = f"{name_of(self.member, size)} was lost {where}: {self.why}"
-        if self.seen_by != self.member:
-            text += f" (seen by {name_of(self.seen_by)})"
-        return RankError(f"{text[0].upper()}{text[1:]}.", rank=self.member, step=self.step)
-
-
-def name_of(member: int, size: int | None = None) -> str:
-    """A member's name in a message."""
-    if member == FRONT:
-        return "the front end"
-    return f"rank {member}" if size is None else f"rank {member} of {size}"
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """Milliseconds. `join`: until all members have begun; `silent`, `late`, `grace`: see `Watchdog`."""
-
-    join_ms: int = 120_000
-    silent_ms: int = 4_000
-    late_ms: int = 30_000
-    grace_ms: int = 1_500
-
-    @property
-    def interval(self) -> float:
-        """Seconds between two looks."""
-        return min(0.1, self.silent_ms / 20_000)
+# How long an accusation waits for the store to say whether another one stands.
+_TELL_SECONDS: Final = 0.5
 
 
 @dataclass
 class _Seen:
+    """What is known of another member; seconds since it said something, since it came on."""
+
     beat: Beat | None = None
-    silent: float = 0.0  # seconds without a new beat
+    silent: float = 0.0
+    still: float = 0.0
 
 
 class Watchdog:
-    """Beats for `member` and watches all others, in a thread of its own, from `start` to `stop`.
+    """Beats for `member` and watches others, in threads of its own, from `start` to `stop`.
 
-    `on_fault` is called once, from that thread. `store`: keys of this run alone; two connections, because a look must
-    not hold up the main thread's announcements.
+    `on_fault` is called once, from one of them. `store`, `faults`: two connections to the store of this run alone;
+    `hosted`: a launcher hosts it, not the front end.
     """
 
     def __init__(
@@ -105,46 +66,49 @@ class Watchdog:
         member: int,
         size: int,
         store: Store,
-        looks: Store,
+        faults: Store,
         bounds: Bounds,
         *,
+        hosted: bool = False,
         on_fault: Callable[[RankError], None] = lambda error: None,
         end_process: bool = True,
     ) -> None:
         self.member, self.size, self.bounds = member, size, bounds
         self.fault: Fault | None = None
-        self._store, self._looks = store, looks
+        self._store, self._faults = store, faults
+        self._host = STORE if hosted else FRONT
         self._on_fault, self._end_process = on_fault, end_process
         self._beat = Beat()
+        self._others = {other: _Seen() for other in (range(size) if member == FRONT else (FRONT,))}
+        self._looked: list[bytes] | None = None  # what the keeper last brought, until it is judged
+        self._broken: Exception | None = None
+        self._age = self._unanswered = 0.0
         self._lock = threading.Lock()
-        self._others = {other: _Seen() for other in (FRONT, *range(size)) if other != member}
-        self._since_progress, self._last_progress = 0.0, self._beat.progress
-        self._age = 0.0
-        self._stopped = threading.Event()
-        self._faulted = threading.Event()
+        self._wake, self._stopped, self._faulted = threading.Event(), threading.Event(), threading.Event()
+        self._keeper = threading.Thread(target=self._keep, name="atomc-keeper", daemon=True)
         self._thread = threading.Thread(target=self._run, name="atomc-watchdog", daemon=True)
 
     def start(self) -> None:
-        for key in (_FAULT, *(_key(other) for other in (FRONT, *range(self.size)))):
-            self._store.compare_set(key, "", _NOBODY.decode())
-        self._say()
+        self._keeper.start()
         self._thread.start()
 
     def stop(self) -> None:
         """Say that this member ends in good order, and watch no more."""
+        self._beat = Beat(0, self._beat.step, DONE)
         self._stopped.set()
-        with contextlib.suppress(RuntimeError):  # the store may be gone already: so may those who would read it
-            self.announce(self._beat.step, DONE)
-        self._thread.join()
+        self._wake.set()
+        self._keeper.join(1.0)  # without its store it cannot say so, and need not: who would read it is gone too
+        self._thread.join(1.0)
 
     def announce(self, step: int, stage: int, at: int = 0) -> None:
-        """Say where this member is. Costs microseconds: nobody's answer is waited for."""
-        with self._lock:
-            self._send(step, stage, at)
+        """Say where this member is; costs a microsecond. A place within a stage is told with the next beat."""
+        before, self._beat = self._beat, Beat(0, step, stage, at)
+        if before.progress[:2] != (step, stage):
+            self._wake.set()
 
-    def _send(self, step: int, stage: int, at: int) -> None:
-        self._beat = Beat(self._beat.count + 1, step, stage, at)
-        self._store.set(_key(self.member), _text(self._beat))
+    def place(self, at: int) -> None:
+        """`announce` within the stage that stands."""
+        self._beat = Beat(0, self._beat.step, self._beat.stage, at)
 
     def check(self) -> None:
         """Raises `RankError` when the run has a fault."""
@@ -156,23 +120,52 @@ class Watchdog:
         self._faulted.wait(seconds)
         self.check()
 
-    def accuse(self, member: int, why: str, beat: Beat | None = None) -> None:
-        """Report a member as the run's fault, unless there is one already; any thread may."""
-        beat = beat or (self._beat if member == self.member else self._others[member].beat) or Beat()
-        fault = Fault(member, beat.step, beat.stage, why, self.member)
-        try:
-            stands = self._looks.compare_set(_FAULT, _NOBODY.decode(), _text(fault))
-            fault = _fault(stands) or fault
-        except (RuntimeError, OSError):  # without the store every member is on its own
-            pass
-        self._take(fault)
+    def accuse(self, members: Sequence[int], why: str) -> None:
+        """Report the run's fault, unless there is one already; any thread may. Waits for the store half a second."""
+        if self.fault is not None:
+            return
+        answer: list[Fault] = []
+        told = threading.Event()
 
-    def latest(self, member: int) -> Beat | None:
-        """What the store holds of a member, now."""
+        def tell() -> None:
+            try:
+                self._faults.compare_set(_FAULT, "", NOBODY.decode())
+                stands = self._faults.compare_set(_FAULT, NOBODY.decode(), text_of(self._accusation(members, why)))
+                answer.extend(filter(None, [fault_in(stands)]))
+            except Exception:  # noqa: BLE001  without the store every member is on its own
+                pass
+            told.set()
+
+        threading.Thread(target=tell, name="atomc-accuse", daemon=True).start()
+        told.wait(_TELL_SECONDS)
+        self._take(answer[0] if answer else self._accusation(members, why, fresh=False))
+
+    def _accusation(self, members: Sequence[int], why: str, *, fresh: bool = True) -> Fault:
+        """With the place where the first of them was: here, where it last said, or where this member is itself."""
+        beat: Beat | None = self._beat
+        if members[0] in self._others and members[0] != FRONT:
+            beat = beat_in(self._faults.get(key_of(members[0]))) if fresh else self._others[members[0]].beat
+        return Fault(list(members), beat or Beat(), why, self.member)
+
+    # -- below: the keeper's thread ------------------------------------------------------------------------------------
+
+    def _keep(self) -> None:
+        keys = [_FAULT, *map(key_of, self._others)]
+        count, next_look = 0, 0.0
         try:
-            return _decode(self._looks.get(_key(member)))
-        except (RuntimeError, OSError):
-            return self._others[member].beat
+            for key in keys:
+                self._store.compare_set(key, "", NOBODY.decode())
+            while not self._faulted.is_set():
+                self._wake.clear()
+                last, beat, count = self._stopped.is_set(), self._beat, count + 1
+                self._store.set(key_of(self.member), text_of(Beat(count, *beat.progress)))
+                if last:
+                    return
+                if (now := time.monotonic()) >= next_look:
+                    self._looked, next_look = self._store.multi_get(keys), now + self.bounds.interval
+                self._wake.wait(self.bounds.interval)
+        except Exception as error:  # noqa: BLE001  whatever it is, the watchdog must hear of it
+            self._broken = error
 
     # -- below: the watchdog's thread ----------------------------------------------------------------------------------
 
@@ -183,56 +176,63 @@ class Watchdog:
             # A gap in our own time is no silence of others.
             passed, last = min(now - last, 2 * self.bounds.interval), now
             try:
-                self._say()
-                self._look(passed)
-            except (RuntimeError, OSError) as error:
-                if not self._stopped.is_set():
-                    what = str(error).splitlines()[0]
-                    self._take(
-                        Fault(FRONT, self._beat.step, self._beat.stage, f"its store is gone ({what})", self.member)
-                    )
+                self._judge(passed)
+            except Exception as error:  # noqa: BLE001  a watchdog that ends watches nobody
+                self.accuse([self.member], f"its watchdog failed ({type(error).__name__}: {error})")
         if self.fault is not None and self._end_process and not self._stopped.wait(self.bounds.grace_ms / 1000):
             self._end(self.fault)
 
-    def _say(self) -> None:
-        with self._lock:  # or an announcement between the two could be undone
-            self._send(*self._beat.progress)
-
-    def _look(self, passed: float) -> None:
-        fault, *beats = self._looks.multi_get([_FAULT, *map(_key, self._others)])
-        if (found := _fault(fault)) is not None:
-            self._take(found)
-            return
+    def _judge(self, passed: float) -> None:
         self._age += passed
-        for (other, seen), data in zip(self._others.items(), beats, strict=True):
-            self._judge_silence(other, seen, _decode(data), passed)
-        self._judge_progress(passed)
+        if self._broken is not None:
+            what = (str(self._broken).splitlines() or [type(self._broken).__name__])[0]
+            self._take(Fault([self._host], self._beat, f"its store failed ({what})", self.member))
+            return
+        looked, self._looked = self._looked, None
+        if looked is None:
+            self._unanswered += passed
+            if self._unanswered * 1000 > self.bounds.silent_ms:
+                why = f"its store gave no answer for {self.bounds.silent_ms:,} ms"
+                self._take(Fault([self._host], self._beat, why, self.member))
+            return
+        # Looks that take long are no silence of others either.
+        passed, self._unanswered = passed + min(self._unanswered, 2 * self.bounds.interval), 0.0
+        if (fault := fault_in(looked[0])) is not None:
+            self._take(fault)
+            return
+        for (other, seen), data in zip(self._others.items(), looked[1:], strict=True):
+            if not self._judge_life(other, seen, beat_in(data), passed):
+                return
+        if self.member == FRONT:
+            self._judge_progress()
 
-    def _judge_silence(self, other: int, seen: _Seen, beat: Beat | None, passed: float) -> None:
+    def _judge_life(self, other: int, seen: _Seen, beat: Beat | None, passed: float) -> bool:
+        """Whether nothing is to be said against it."""
         if beat is None:
-            if self._age * 1000 > self.bounds.join_ms:
-                self.accuse(other, f"it did not join within {self.bounds.join_ms:,} ms")
-            return
-        silent = seen.beat is not None and seen.beat.count == beat.count and beat.stage != DONE
-        seen.silent = seen.silent + passed if silent else 0.0
-        seen.beat = beat
+            if self._age * 1000 <= self.bounds.join_ms:
+                return True
+            self.accuse([other], f"it did not join within {self.bounds.join_ms:,} ms")
+            return False
+        before, seen.beat = seen.beat or Beat(), beat
+        seen.silent = seen.silent + passed if before.count == beat.count and beat.stage != DONE else 0.0
+        seen.still = seen.still + passed if before.progress == beat.progress else 0.0
         if seen.silent * 1000 > self.bounds.silent_ms:
-            self.accuse(other, f"no sign of life for {self.bounds.silent_ms:,} ms")
+            self.accuse([other], f"no sign of life for {self.bounds.silent_ms:,} ms")
+        return self.fault is None
 
-    def _judge_progress(self, passed: float) -> None:
-        """If this rank stands still too long, the rank that is furthest behind is what it waits for."""
-        mine = self._beat
-        if self.member == FRONT or mine.stage not in (AGREE, RUN) or mine.progress != self._last_progress:
-            self._last_progress, self._since_progress = mine.progress, 0.0
+    def _judge_progress(self) -> None:
+        """The ranks that are furthest behind are those that others, or they themselves, wait for."""
+        beats = {rank: seen.beat for rank, seen in self._others.items() if seen.beat is not None}
+        if not beats:
             return
-        self._since_progress += passed
-        if self._since_progress * 1000 <= self.bounds.late_ms:
+        least = min(beat.progress for beat in beats.values())
+        behind = [rank for rank, beat in beats.items() if beat.progress == least]
+        bound, still = self.bounds.of(least[1]), min(self._others[rank].still for rank in behind)
+        if least[1] == DONE or still * 1000 <= bound:
             return
-        beats = {rank: seen.beat for rank, seen in self._others.items() if rank != FRONT and seen.beat is not None}
-        beats[self.member] = mine
-        slowest = min(sorted(beats), key=lambda rank: beats[rank].progress)
-        waits = "" if beats[slowest].progress == mine.progress else f", and others wait in step {mine.step}"
-        self.accuse(slowest, f"it has not come on for {self.bounds.late_ms:,} ms{waits}", beats[slowest])
+        others = "" if len(behind) == len(beats) else "; the others wait"
+        it = "it has" if len(behind) == 1 else "they have"
+        self.accuse(behind, f"{it} not come on for {bound:,} ms{others}")
 
     def _take(self, fault: Fault) -> None:
         with self._lock:
@@ -240,24 +240,16 @@ class Watchdog:
                 return
             self.fault = fault
         self._faulted.set()
+        self._wake.set()
         self._on_fault(fault.error(self.size))
 
     def _end(self, fault: Fault) -> None:
-        print(f"error: {fault.error(self.size).message}", file=sys.stderr, flush=True)  # noqa: T201
+        error = fault.error(self.size)
+        if told_here(error):
+            print(f"error: {error.message}", file=sys.stderr, flush=True)  # noqa: T201
         os._exit(RankError.exit_code)
 
 
-def _key(member: int) -> str:
-    return f"beat/{member}"
-
-
-def _decode(data: bytes) -> Beat | None:
-    return None if data == _NOBODY else msgspec.json.decode(data, type=Beat)
-
-
-def _text(word: Beat | Fault) -> str:
-    return msgspec.json.encode(word).decode()
-
-
-def _fault(data: bytes) -> Fault | None:
-    return None if data in (_NOBODY, b"") else msgspec.json.decode(data, type=Fault)
+def told_here(error: RankError) -> bool:
+    """Whether a rank has to say it itself: what it is, the front end says, unless that is lost."""
+    return error.ranks[0] in (FRONT, STORE)

@@ -1,7 +1,9 @@
 """What the front end and the ranks say to one another: msgpack over a socket, never pickle.
 
 Contract:
-    A message is whole or not there. Both ends prove that they hold the run's key before the first one.
+    A message is whole or not there. Both ends prove that they hold the run's key before the first one. `atomc serve`
+    hands it to its ranks in their environment. Under torchrun it lies in the launcher's store, which whoever reaches
+    that can read: run it in a trusted network only.
 """
 
 from __future__ import annotations
@@ -112,6 +114,3 @@ class Channel:
         if not self._connection.poll(wait_seconds):
             return None
         return decode_for_rank(self._connection.recv_bytes())
-
-    def close(self) -> None:
-        self._connection.close()

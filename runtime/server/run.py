@@ -6,6 +6,7 @@ import asyncio
 import os
 import socket
 from collections.abc import Sequence
+from types import FrameType
 
 import uvicorn
 
@@ -45,10 +46,15 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._engine = engine
         self._drain_seconds = drain_seconds
+        self._hurried = False
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A second signal of any kind ends the wait for running answers."""
+        self._hurried = self.should_exit
+        super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """A second signal ends the wait for running answers."""
-        await self._engine.shutdown(self._drain_seconds, hurry=lambda: self.force_exit)
+        await self._engine.shutdown(self._drain_seconds, hurry=lambda: self._hurried)
         await super().shutdown(sockets)
 
 

@@ -107,14 +107,3 @@ def test_removing_the_last_request_checks_for_leaks() -> None:
     queue.add(waiting)
     queue.remove(waiting)
     assert not queue.has_work
-
-
-def test_held_prompts_wait_and_decodes_go_on() -> None:
-    queue = scheduler()
-    queue.add(request("a", 5))
-    assert step(queue) == [("a", 5)]
-    queue.add(request("b", 6))
-    assert [(chunk.request.id, chunk.length) for chunk in queue.schedule(admit=False)] == [("a", 1)]
-    queue.remove(queue.running[0])
-    assert queue.schedule(admit=False) == []
-    assert step(queue) == [("b", 6)]

@@ -16,10 +16,11 @@ from atomc.ops.batch import Batch
 from atomc.runtime.detokenize import Vocabulary
 from atomc.runtime.engine import Engine
 from atomc.runtime.errors import RankError
-from atomc.runtime.ranks.decide import HoldPolicy, Report
+from atomc.runtime.ranks.beats import AGREE, FRONT, Bounds
+from atomc.runtime.ranks.decide import Report
 from atomc.runtime.ranks.group import Place, Ranks, Stores
 from atomc.runtime.ranks.lockstep import Lockstep
-from atomc.runtime.ranks.watchdog import AGREE, Bounds
+from atomc.runtime.ranks.watchdog import Watchdog
 from atomc.runtime.ranks.wire import Add, Channel, Done, Outputs, Stop, decode_for_front, encode
 from atomc.runtime.request import SamplingParams
 from tests.support.fake_executor import FakeExecutor, FakeServing
@@ -32,7 +33,7 @@ class Table:
 
     def __init__(self, size: int) -> None:
         self.barrier = threading.Barrier(size)
-        self.reports: list[Report] = [Report(*[0] * 8)] * size
+        self.reports: list[Report] = [Report(0, 0)] * size
         self.log: list[list[Report]] = []
 
 
@@ -41,7 +42,7 @@ class ThreadRanks(Ranks):
 
     def __init__(self, rank: int, size: int, store: HashStore, table: Table) -> None:
         place = Place(rank, size, rank, size, "nowhere", 0, "0", hosted=True)
-        super().__init__(place, Stores(store, store, store, 0), Bounds(silent_ms=2000), end_process=False)
+        super().__init__(place, Stores(store, store, store, 0, hosted=False), Bounds(), end_process=False)
         self.table = table
 
     def agree(self, report: Report) -> list[Report]:
@@ -78,17 +79,18 @@ class ShardedFake(FakeExecutor):
 class Run:
     """Ranks in threads; what each sent, and how each ended."""
 
-    def __init__(self, executors: list[FakeExecutor], vocabulary: Vocabulary, policy: HoldPolicy) -> None:
+    def __init__(self, executors: list[FakeExecutor], vocabulary: Vocabulary) -> None:
         size, store = len(executors), HashStore()
         self.table, self.executors = Table(size), executors
         self.ends: list[BaseException | None] = [None] * size
+        self.front = Watchdog(FRONT, size, store, store, Bounds(), end_process=False)
         self.pipes = []
         self.loops = []
         for rank, executor in enumerate(executors):
             ours, theirs = Pipe()
             self.pipes.append(ours)
             ranks = ThreadRanks(rank, size, store, self.table)
-            loop = Lockstep(Engine(executor, vocabulary=vocabulary), ranks, Channel(theirs), policy)
+            loop = Lockstep(Engine(executor, vocabulary=vocabulary), ranks, Channel(theirs))
             self.loops.append(loop)
         self.threads = [threading.Thread(target=self._work, args=(rank,)) for rank in range(size)]
 
@@ -107,6 +109,7 @@ class Run:
         self.pipes[rank].send_bytes(encode(Add(name, tokens, params, limit, [])))
 
     def start(self) -> None:
+        self.front.start()
         for thread in self.threads:
             thread.start()
 
@@ -133,6 +136,7 @@ class Run:
         for thread in self.threads:
             thread.join(10)
             assert not thread.is_alive(), "a rank hangs"
+        self.front.stop()
 
 
 @contextmanager
@@ -140,7 +144,6 @@ def run_of(
     vocabulary: Vocabulary,
     size: int,
     kind: type[FakeExecutor] = FakeExecutor,
-    policy: HoldPolicy | None = None,
     before: Callable[[int, int], None] = lambda rank, step: None,
     **facts: Any,
 ) -> Iterator[Run]:
@@ -148,7 +151,7 @@ def run_of(
         kind(FakeServing(**facts), before_step=lambda step, rank=rank: before(rank, step))  # type: ignore[misc]
         for rank in range(size)
     ]
-    yield Run(executors, vocabulary, policy or HoldPolicy())
+    yield Run(executors, vocabulary)
 
 
 def alone(vocabulary: Vocabulary, tokens: list[int]) -> list[int]:
@@ -223,25 +226,3 @@ def test_a_front_end_that_is_gone_ends_all(vocabulary: Vocabulary) -> None:
             pipe.close()
         run.join()
         assert all("front end was lost" in str(end) for end in run.ends), run.ends
-
-
-def test_held_prompts_share_a_step(vocabulary: Vocabulary) -> None:
-    """While rank 0 decodes, a prompt waits until there are enough for a step, or its bound is over."""
-    policy = HoldPolicy(bound_ms=60_000, fill=0.5, max_batch_tokens=16)
-    gate = threading.Event()
-    with run_of(vocabulary, 2, policy=policy, before=lambda rank, step: None if step < 4 else _wait(gate)) as run:
-        run.add(0, "long", [5, 6, 7], SamplingParams(temperature=0, ignore_eos=True, max_tokens=60))
-        run.start()
-        while len(run.table.log) < 3:
-            threading.Event().wait(0.01)
-        run.add(1, "a", list(range(3, 9)))
-        run.add(0, "b", list(range(3, 14)))
-        gate.set()
-        run.tokens(1, 1)
-        run.stop()
-    prefills = [[report.prefill for report in reports] for reports in run.table.log if any(r.prefill for r in reports)]
-    assert prefills == [[1, 0], [1, 1]], "the two prompts did not share a step"
-
-
-def _wait(gate: threading.Event) -> None:
-    assert gate.wait(10)
