@@ -1,11 +1,15 @@
-"""Kill or stop a rank of a serving run at a random step, many times: does anybody hang, is any answer wrong?
+"""Kill or stop ranks of a serving run, or its front end, at random moments, many times: does anybody hang, is any
+answer wrong?
 
-    python benchmarks/kill_ranks.py ARTIFACT --points 200 --nproc 2 3 4
+    python benchmarks/kill_ranks.py ARTIFACT --points 200 --nproc 2 3 4 --json benchmarks/results/kill_ranks.json
 
-Each point starts `atomc serve --nproc N`, sends requests of uneven lengths, half of them streamed, waits for a random
-number of events, and sends SIGKILL or SIGSTOP to a random rank. Then every client must have an answer: the whole right
-text, or an error 503 (in a stream: the right beginning, then an error) that names the rank and a step. The server must
-end with a code other than 0, its port must be closed, and no process may be left. Times are seconds from the signal.
+Each point starts `atomc serve --nproc N` and, once it serves, sends requests of uneven lengths, half of them streamed.
+SIGKILL or SIGSTOP goes to one rank, two ranks or the front end: a random time after the start of the server (while
+processes begin, join, load, run), after a random number of streamed events, or while the server drains after SIGTERM.
+Then every client must have an answer: the whole right text, or an error 503 (in a stream: the right beginning, then an
+error) that names the rank and where it was. The server must end with a code other than 0, its port must be closed, and
+no process may be left, all within 10 seconds. Clients of a front end that is killed lose their connection; its ranks
+must end all the same, also while it is stopped. Times are seconds from the signal.
 """
 
 from __future__ import annotations
@@ -16,20 +20,27 @@ import os
 import queue
 import random
 import re
+import secrets
+import shlex
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, Final
 
 import httpx
 
-SILENT_MS = 2000
-BOUND_SECONDS = 10.0
+SILENT_MS: Final = 3000
+BOUND_SECONDS: Final = 10.0
+# How long a server whose run has failed still answers, from when it knows.
+LINGER_SECONDS: Final = 1.0
+MARK: Final = "KILL_RANKS_POINT"
 PROMPTS = (
     "def fibonacci(n):",
     "import os\n",
@@ -38,28 +49,42 @@ PROMPTS = (
     "x = [1, 2,",
     "#",
 )
-LENGTHS = (40, 12, 120, 25, 90, 60)
+LENGTHS = (60, 12, 120, 25, 90, 60)  # those at even places are streamed
+EVENTS: Final = 250
+FRONT: Final = -1
+_NAMED: Final = re.compile(
+    r"(?:[Rr]anks? (?P<ranks>[\d, and]+) of \d+|The front end) (?:was lost|do not come on) "
+    r"(?:while (?P<early>joining|loading)|in step \d+ \((?P<stage>\w+))"
+)
 
 
 @dataclass
 class Answer:
-    """What one client got. `after`: seconds from the signal to the end of its answer."""
+    """What one client got. `sent`, `ended`: of the clock."""
 
     status: int = 0
     text: str = ""
     error: str = ""
     whole: bool = False
+    sent: float = 0.0
     ended: float = 0.0
 
 
 @dataclass
 class Point:
-    """One kill and what came of it; no problems: all was as it must be."""
+    """One kill and what came of it; no problems: all was as it must be.
+
+    Attributes:
+        targets: ranks, or FRONT. after: "seconds" since the start, "events" of streams, or "drain": seconds after a
+            SIGTERM that follows some events. at: that number. stage: where the error says the rank was.
+    """
 
     nproc: int
-    rank: int
+    targets: list[int]
     signal: str
-    events: int
+    after: str
+    at: float
+    stage: str = ""
     error: str = ""
     client_seconds: float = 0.0
     end_seconds: float = 0.0
@@ -68,48 +93,84 @@ class Point:
 
 
 class Run:
-    """A server with ranks, in processes of its own."""
+    """A server with ranks, in processes of its own, which all carry a mark in their environment."""
 
     def __init__(self, artifact: Path, nproc: int, *extra: str) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            self.port = probe.getsockname()[1]
+        self.nproc, self.mark = nproc, secrets.token_hex(8)
         command = [
-            sys.executable, "-m", "atomc.cli", "serve", str(artifact), "--nproc", str(nproc), "--port", str(self.port),
+            sys.executable, "-m", "atomc.cli", "serve", str(artifact), "--nproc", str(nproc), "--port", "0",
             "--max-requests", "4", "--memory", "64M", "--log-level", "warning", *extra,
         ]  # fmt: skip
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-        )
-        self.url = f"http://127.0.0.1:{self.port}"
-        self._wait_until_ready()
-        self.ranks = ranks_of(self.process.pid) if nproc > 1 else {}
+        self.began = time.monotonic()
+        self.process = start_marked(command, self.mark)
+        self.lines: list[str] = []
+        self.url, self.ready_seconds = "", 0.0
+        self._greeted = threading.Event()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
 
-    def _wait_until_ready(self) -> None:
-        until = time.monotonic() + 90
-        while time.monotonic() < until and self.process.poll() is None:
-            try:
-                if httpx.get(f"{self.url}/health", timeout=2).status_code == 200:
-                    return
-            except httpx.TransportError:
-                time.sleep(0.1)
-        self.process.kill()
-        raise RuntimeError(f"the server did not start: {self.process.communicate()[0]}")
+    def _read(self) -> None:
+        for line in self.process.stdout or ():
+            self.lines.append(line)
+            if found := re.search(r"(http://\S+)/v1/completions ", line):
+                self.url, self.ready_seconds = found[1], time.monotonic() - self.began
+                self._greeted.set()
+        self._greeted.set()
+
+    def wait_until_ready(self, seconds: float = 120.0) -> bool:
+        """Whether it serves; False when it ended before, or the time is over."""
+        self._greeted.wait(seconds)
+        return bool(self.url)
 
     def model(self) -> str:
         """The name it serves."""
         name: str = httpx.get(f"{self.url}/v1/models", timeout=10).json()["data"][0]["id"]
         return name
 
+    @property
+    def said(self) -> str:
+        """All that its processes have printed."""
+        return "".join(self.lines)
 
-def ranks_of(parent: int) -> dict[int, int]:
-    """Process ids of a server's ranks, by rank."""
-    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
-    found = {}
-    for pid in map(int, children):
-        words = dict(each.split("=", 1) for each in Path(f"/proc/{pid}/environ").read_text().split("\0") if "=" in each)
-        if "RANK" in words:
-            found[int(words["RANK"])] = pid
+    @property
+    def ranks(self) -> dict[int, int]:
+        """Process ids of its ranks that there are, by rank."""
+        return {rank: pid for pid, rank in marked(self.mark).items() if rank is not None}
+
+    def left(self) -> list[int]:
+        """Its processes that have not ended."""
+        self.process.poll()
+        return list(marked(self.mark))
+
+    def kill(self) -> None:
+        """End whatever is left of it."""
+        for pid in self.left():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait(10)
+        self._reader.join(10)
+
+
+def start_marked(command: Sequence[str], mark: str) -> subprocess.Popen[str]:
+    """The command, with a mark that its children inherit."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", MARK: mark}
+    return subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    )
+
+
+def marked(mark: str) -> dict[int, int | None]:
+    """Living processes with this mark, and the rank that each is, if it is one."""
+    found: dict[int, int | None] = {}
+    for folder in Path("/proc").iterdir():
+        if not folder.name.isdigit():
+            continue
+        with suppress(OSError):
+            each = dict(e.split("=", 1) for e in (folder / "environ").read_text().split("\0") if "=" in e)
+            state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
+            if each.get(MARK) == mark and state not in "ZX":
+                front = "front" in (folder / "cmdline").read_text().split("\0")
+                found[int(folder.name)] = int(each["RANK"]) if "RANK" in each and not front else None
     return found
 
 
@@ -119,7 +180,7 @@ def ask(url: str, model: str, index: int, stream: bool, events: queue.SimpleQueu
         "model": model, "prompt": PROMPTS[index], "max_tokens": LENGTHS[index], "temperature": 0, "ignore_eos": True,
         "stream": stream,
     }  # fmt: skip
-    answer = Answer()
+    answer = Answer(sent=time.monotonic())
     try:
         with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response:
             answer.status = response.status_code
@@ -147,30 +208,54 @@ def _read_events(response: httpx.Response, answer: Answer, events: queue.SimpleQ
         events.put(1)
 
 
-def _read_whole(body: dict, answer: Answer) -> None:  # type: ignore[type-arg]
+def _read_whole(body: dict[str, Any], answer: Answer) -> None:
     if "error" in body:
         answer.error = body["error"]["message"]
     else:
         answer.text, answer.whole = body["choices"][0]["text"], True
 
 
-def ask_all(run: Run, model: str) -> tuple[list[threading.Thread], list[Answer], queue.SimpleQueue[int]]:
+class Clients:
     """All requests at once, each in a thread."""
-    events: queue.SimpleQueue[int] = queue.SimpleQueue()
-    answers = [Answer() for _ in PROMPTS]
 
-    def one(index: int) -> None:
-        answers[index] = ask(run.url, model, index, index % 2 == 0, events)
+    def __init__(self) -> None:
+        self.events: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self.answers: list[Answer] = []
+        self._threads: list[threading.Thread] = []
 
-    threads = [threading.Thread(target=one, args=(index,), daemon=True) for index in range(len(PROMPTS))]
-    for thread in threads:
-        thread.start()
-    return threads, answers, events
+    def start(self, run: Run, model: str) -> None:
+        self.answers = [Answer() for _ in PROMPTS]
+
+        def one(index: int) -> None:
+            self.answers[index] = ask(run.url, model, index, index % 2 == 0, self.events)
+
+        self._threads = [threading.Thread(target=one, args=(index,), daemon=True) for index in range(len(PROMPTS))]
+        for thread in self._threads:
+            thread.start()
+
+    def start_when_ready(self, run: Run) -> None:
+        """In a thread: for signals that come at a time of their own."""
+
+        def begin() -> None:
+            with suppress(httpx.TransportError, KeyError):  # it can be lost before it has said its name
+                if run.wait_until_ready():
+                    self.start(run, run.model())
+
+        threading.Thread(target=begin, daemon=True).start()
+
+    def join(self, seconds: float) -> bool:
+        """Whether all have their answers."""
+        until = time.monotonic() + seconds
+        for thread in self._threads:
+            thread.join(max(0.0, until - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
 
 
 def references(artifact: Path) -> list[str]:
     """The right texts: a server of one rank, and one request after the other."""
     run = Run(artifact, 1)
+    if not run.wait_until_ready():
+        raise RuntimeError(f"the server did not start: {run.said}")
     model = run.model()
     texts = [ask(run.url, model, index, False, queue.SimpleQueue()).text for index in range(len(PROMPTS))]
     run.process.terminate()
@@ -178,63 +263,146 @@ def references(artifact: Path) -> list[str]:
     return texts
 
 
-def try_point(artifact: Path, right: Sequence[str], point: Point) -> None:
-    """Fills the point in."""
-    run = Run(artifact, point.nproc, "--silent-ms", str(SILENT_MS))
-    model = run.model()
-    threads, answers, events = ask_all(run, model)
-    for _ in range(point.events):
-        events.get(timeout=30)
-    time.sleep(random.random() * 0.02)  # anywhere in a step
-    began = time.monotonic()
-    os.kill(run.ranks[point.rank], getattr(signal, point.signal))
-    for thread in threads:
-        thread.join(max(0.0, began + 3 * BOUND_SECONDS - time.monotonic()))
-    if any(thread.is_alive() for thread in threads):
-        point.problems.append("a client hangs")
+def try_point(artifact: Path, right: Sequence[str], point: Point) -> float:
+    """Fills the point in; returns the seconds that the server took to start, 0 if it did not."""
+    run, clients = Run(artifact, point.nproc, "--silent-ms", str(SILENT_MS)), Clients()
     try:
-        said = run.process.communicate(timeout=3 * BOUND_SECONDS)[0]
-        point.end_seconds = time.monotonic() - began
-    except subprocess.TimeoutExpired:
-        run.process.kill()
-        said = ""
-        point.problems.append("the server hangs")
-    _judge(point, run, said, right, answers, began)
+        began = _signal_it(point, run, clients)
+        _await_end(point, run, clients, began)
+        if not clients.join(BOUND_SECONDS):
+            point.problems.append("a client hangs")
+    finally:
+        run.kill()
+    _judge(point, run, right, clients.answers, began)
+    return run.ready_seconds
 
 
-def _judge(point: Point, run: Run, said: str, right: Sequence[str], answers: list[Answer], began: float) -> None:
-    named = re.compile(rf"[Rr]ank {point.rank} of {point.nproc} was lost in step \d+")
-    point.client_seconds = max(answer.ended for answer in answers) - began
-    point.answered = sum(answer.whole for answer in answers)
-    for index, answer in enumerate(answers):
-        if "ConnectError" in answer.error:  # it came when the port was closed already
-            continue
-        if not right[index].startswith(answer.text) or (answer.whole and answer.text != right[index]):
-            point.problems.append(f"request {index}: wrong text {answer.text!r}")
-        if not answer.whole and not named.search(answer.error):
-            point.problems.append(f"request {index}: status {answer.status}, error {answer.error!r}")
-        if not answer.whole and index % 2 and answer.status != 503:
-            point.problems.append(f"request {index}: status {answer.status}")
-    if found := named.search(said):
-        point.error = said[found.start() :].splitlines()[0]
+def _signal_it(point: Point, run: Run, clients: Clients) -> float:
+    """Wait for the moment, and signal; returns the clock then."""
+    if point.after == "seconds":
+        clients.start_when_ready(run)
+        time.sleep(max(0.0, run.began + point.at - time.monotonic()))
     else:
-        point.problems.append(f"the server says {said[-300:]!r}")
-    if run.process.returncode in (0, None):
-        point.problems.append(f"the server ended with {run.process.returncode}")
-    if point.end_seconds > BOUND_SECONDS or point.client_seconds > BOUND_SECONDS:
-        point.problems.append(f"took {point.client_seconds:.1f} s, {point.end_seconds:.1f} s")
-    _look_for_leftovers(point, run)
+        if not run.wait_until_ready():
+            raise RuntimeError(f"the server did not start: {run.said}")
+        clients.start(run, run.model())
+        for _ in range(int(point.at) if point.after == "events" else random.randrange(1, EVENTS)):
+            clients.events.get(timeout=60)
+        if point.after == "drain":
+            run.process.terminate()
+            time.sleep(point.at)
+        time.sleep(random.random() * 0.02)  # anywhere in a step
+    pids = [_pid_of(run, target) for target in point.targets]
+    began = time.monotonic()
+    for pid in filter(None, pids):
+        with suppress(ProcessLookupError):
+            os.kill(pid, getattr(signal, point.signal))
+    return began
 
 
-def _look_for_leftovers(point: Point, run: Run) -> None:
-    time.sleep(0.2)
-    for rank, pid in run.ranks.items():
-        if Path(f"/proc/{pid}").exists():
-            point.problems.append(f"the process of rank {rank} is left")
-            os.kill(pid, signal.SIGKILL)
-    with socket.socket() as probe:
-        if probe.connect_ex(("127.0.0.1", run.port)) == 0:
-            point.problems.append("the port is open")
+def _pid_of(run: Run, target: int) -> int | None:
+    """Once it is there; None when its run has ended before."""
+    if target == FRONT:
+        return run.process.pid
+    while target not in (ranks := run.ranks):
+        if run.process.poll() is not None or not run.left():
+            return None
+        time.sleep(0.005)
+    return ranks[target]
+
+
+def _await_end(point: Point, run: Run, clients: Clients, began: float) -> None:
+    """Until no process is left but a front end that is stopped; that goes on then, and has to end as well."""
+    stopped = run.process.pid if point.signal == "SIGSTOP" and FRONT in point.targets else None
+    for _ in range(2):
+        while set(run.left()) - {stopped}:
+            if time.monotonic() - began > BOUND_SECONDS:
+                point.problems.append(f"{len(run.left())} processes are left after {BOUND_SECONDS:.0f} s")
+                return
+            time.sleep(0.02)
+        point.end_seconds = max(point.end_seconds, time.monotonic() - began)
+        if stopped is None:
+            return
+        os.kill(stopped, signal.SIGCONT)
+        began, stopped = time.monotonic(), None
+
+
+def _judge(point: Point, run: Run, right: Sequence[str], answers: list[Answer], began: float) -> None:
+    point.answered = sum(answer.whole for answer in answers)
+    point.client_seconds = max([0.0, *(answer.ended - began for answer in answers)])
+    code = run.process.returncode
+    if found := _named(point, run.said):
+        point.stage = found["early"] or found["stage"]
+        point.error = run.said[found.start() :].splitlines()[0]
+    elif code == 0:
+        point.stage = "after the end"
+    for index, answer in enumerate(answers):
+        _judge_answer(point, index, answer, right[index], began, code)
+    if code == 0:
+        if point.after == "events" or (point.after == "seconds" and point.targets != [FRONT]):
+            point.problems.append("the server ended with 0")
+    elif not found and FRONT not in point.targets:
+        point.problems.append(f"the server says {run.said[-300:]!r}")
+    if FRONT not in point.targets and point.client_seconds > BOUND_SECONDS:
+        point.problems.append(f"a client waited {point.client_seconds:.1f} s")
+
+
+def _named(point: Point, said: str) -> re.Match[str] | None:
+    """Where the right one is named: a target, or, of a front end that went on after its ranks had ended, any rank."""
+    for found in _NAMED.finditer(said):
+        ranks = {int(rank) for rank in re.findall(r"\d+", found["ranks"] or "")} or {FRONT}
+        if FRONT in point.targets or ranks <= set(point.targets):
+            return found
+    return None
+
+
+def _judge_answer(point: Point, index: int, answer: Answer, right: str, began: float, code: int | None) -> None:
+    if not right.startswith(answer.text) or (answer.whole and answer.text != right):
+        point.problems.append(f"request {index}: wrong text {answer.text!r}")
+    if answer.whole or (FRONT in point.targets and "Error" in answer.error):
+        return
+    lost = began + LINGER_SECONDS + (SILENT_MS / 1000 if point.signal == "SIGSTOP" else 0)
+    if "ConnectError" in answer.error and answer.sent > lost:  # the port was closed already
+        return
+    if point.after == "drain" and "shutting down" in answer.error and answer.status in (200, 503):
+        return
+    if not _named(point, answer.error):
+        point.problems.append(f"request {index}: status {answer.status}, error {answer.error!r}, server {code}")
+    elif index % 2 and answer.status != 503:
+        point.problems.append(f"request {index}: status {answer.status}")
+
+
+def draw(nproc: int, starts: dict[int, float]) -> Point:
+    """A random point; `starts`: seconds to the start of a server, by number of ranks."""
+    kind = random.random()
+    targets = [FRONT] if kind < 0.15 else random.sample(range(nproc), 2 if kind > 0.85 else 1)
+    after = random.choices(("seconds", "events", "drain"), (50, 40, 10))[0]
+    at: float = random.randrange(1, EVENTS + 1)
+    if after == "seconds":
+        at = random.uniform(0, 1.2 * starts.get(nproc, 4.0))
+    elif after == "drain":
+        at = random.uniform(0, 0.5)
+    return Point(nproc, targets, random.choice(("SIGKILL", "SIGSTOP")), after, round(at, 3))
+
+
+def summary(points: Sequence[Point]) -> dict[str, Any]:
+    """Counts and the longest times."""
+
+    def counts(keys: Sequence[str]) -> dict[str, int]:
+        return dict(sorted(Counter(keys).items()))
+
+    return {
+        "points": len(points),
+        "with_a_problem": sum(bool(point.problems) for point in points),
+        "signals": counts([point.signal for point in points]),
+        "targets": counts(
+            ["front end" if FRONT in p.targets else f"{len(p.targets)} of {p.nproc} ranks" for p in points]
+        ),
+        "stages": counts([point.stage or "not told" for point in points]),
+        "longest_client_seconds": max(p.client_seconds for p in points if FRONT not in p.targets),
+        "longest_end_seconds": {how: max([p.end_seconds for p in points if p.signal == how], default=0.0)
+                                for how in ("SIGKILL", "SIGSTOP")},
+    }  # fmt: skip
 
 
 def main() -> int:
@@ -244,32 +412,39 @@ def main() -> int:
     parser.add_argument("--points", type=int, default=200)
     parser.add_argument("--nproc", type=int, nargs="+", default=[2, 3, 4])
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="write the points and the summary here")
     options = parser.parse_args()
     random.seed(options.seed)
     right = references(options.artifact)
-    points = []
+    points: list[Point] = []
+    starts: dict[int, float] = {}
     for number in range(options.points):
-        nproc = random.choice(options.nproc)
-        how = random.choice(("SIGKILL", "SIGSTOP"))
-        point = Point(nproc, random.randrange(nproc), how, random.choice((0, random.randrange(150))))
+        point = draw(random.choice(options.nproc), starts)
         points.append(point)
-        try_point(options.artifact, right, point)
+        if seconds := try_point(options.artifact, right, point):
+            starts[point.nproc] = seconds
+        who = "front end" if FRONT in point.targets else f"rank {point.targets} of {point.nproc}"
         print(
-            f"{number:3} {how} rank {point.rank} of {nproc} after {point.events:3} events: clients "
-            f"{point.client_seconds:.2f} s, all ended {point.end_seconds:.2f} s, {point.answered} whole; "
+            f"{number:3} {point.signal} {who} after {point.at} {point.after}: clients {point.client_seconds:.2f} s, "
+            f"all ended {point.end_seconds:.2f} s, {point.answered} whole, {point.stage or 'not told'}; "
             f"{'; '.join(point.problems) or point.error}",
             flush=True,
         )
-    bad = [point for point in points if point.problems]
-    for how in ("SIGKILL", "SIGSTOP"):
-        some = [point for point in points if point.signal == how]
-        if some:
-            print(
-                f"{how}: {len(some)} points, longest {max(p.client_seconds for p in some):.2f} s to the last client's "
-                f"answer, {max(p.end_seconds for p in some):.2f} s to the end of all processes"
-            )
-    print(f"{len(points)} points, {len(bad)} with a problem")
-    return 1 if bad else 0
+        if options.json:
+            _write(options.json, points)
+    print(json.dumps(found := summary(points), indent=2))
+    return 1 if found["with_a_problem"] else 0
+
+
+def _write(path: Path, points: Sequence[Point]) -> None:
+    from machine import machine
+
+    command = f"python benchmarks/kill_ranks.py {shlex.join(sys.argv[1:])}"
+    result = {
+        "command": command, "machine": machine(), "summary": summary(points),
+        "points": [asdict(point) for point in points],
+    }  # fmt: skip
+    path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

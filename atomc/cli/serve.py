@@ -132,7 +132,7 @@ def _serve_ranks(
     server = RankedServer(artifact, size, here, stores, options, key=key, max_waiting=max_waiting)
     processes = Processes([str(artifact), "--role=rank", *options.arguments()], size, here, stores.port, key)
     try:
-        processes.start(server.lost)
+        processes.start(server.lost, bounds.silent_ms)
         server.gather()
         sizes = [f"rank {line.ready.rank}: {line.ready.capacity}" for line in server.front.lines]
         _greet(artifact, server.front.serving, sizes, listener, http["names"])

@@ -65,6 +65,7 @@ class RankedFront(Frontend):
         super().__init__(Intake(serving, vocabulary, serving.max_context), Metrics(), tokenizer_path, max_waiting)
         self.size, self.on_end = size, on_end
         self.leaders = range(0, size, tp)
+        self._stores = stores  # kept: one of them may host the run's store
         self.error: RankError | None = None
         self.lines: list[Line] = []
         self._books = threading.Lock()  # over the next two

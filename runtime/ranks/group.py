@@ -106,19 +106,30 @@ class Stores:
 
     @classmethod
     def open(
-        cls, host: str, port: int, attempt: str, bounds: Bounds, *, host_it: bool = False, hosted: bool = False
+        cls,
+        host: str,
+        port: int,
+        attempt: str,
+        bounds: Bounds,
+        *,
+        host_it: bool = False,
+        hosted: bool = False,
+        awaited: bool = False,
     ) -> Stores:
         """Connects, or hosts the store itself, at this address alone; port 0 takes a free one.
+
+        `awaited`: who hosts it may begin later than this process. Else it is there, or it is lost.
 
         Raises:
             ServingError: nobody answers there, or the port is taken.
         """
-        wait, listener = timedelta(milliseconds=bounds.join_ms), None
+        wait, listener = timedelta(milliseconds=bounds.join_ms if awaited else bounds.silent_ms), None
         try:
             if host_it:
                 bound = socket.create_server((host, port))
                 port, listener = bound.getsockname()[1], bound.detach()
             base = TCPStore(host, port, None, host_it, wait, wait_for_workers=False, master_listen_fd=listener)
+            base.set_timeout(timedelta(milliseconds=bounds.join_ms))
             each = [PrefixStore(f"atomc/{attempt}", base.clone()) for _ in range(2)]  # type: ignore[attr-defined]
         except (RuntimeError, OSError) as error:
             verb = "be opened at" if host_it else "be reached at"

@@ -34,6 +34,14 @@ def environment_of(rank: int, size: int, host: str, port: int, base: Mapping[str
     return {**base, **{name: str(value) for name, value in own.items()}}
 
 
+def _is_stopped(pid: int) -> bool:
+    """Whether a child has got SIGSTOP, or a debugger holds it."""
+    try:
+        return os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOHANG | os.WNOWAIT) is not None
+    except ChildProcessError:
+        return False
+
+
 def end_with_parent(seconds: float) -> None:
     """End this process `seconds` after its standard input does: whoever started it holds the other end, and is gone.
 
@@ -63,19 +71,25 @@ class Processes:
         self._ending = threading.Event()
         self.all: list[subprocess.Popen[bytes]] = []
 
-    def start(self, lost: Callable[[int, str], None]) -> None:
+    def start(self, lost: Callable[[int, str], None], silent_ms: int) -> None:
+        """A process that is stopped for `silent_ms` is lost as well: it may be before the watchdog knows it."""
         for environment in self._environments:
             # In sessions of their own: Ctrl-C reaches the front end alone, which then ends them in good order.
             self.all.append(
                 subprocess.Popen(self._command, env=environment, stdin=subprocess.PIPE, start_new_session=True)
             )
-        threading.Thread(target=self._watch, args=(lost,), name="atomc-processes", daemon=True).start()
+        threading.Thread(target=self._watch, args=(lost, silent_ms), name="atomc-processes", daemon=True).start()
 
-    def _watch(self, lost: Callable[[int, str], None]) -> None:
+    def _watch(self, lost: Callable[[int, str], None], silent_ms: int) -> None:
+        stopped = [0.0] * len(self.all)
         while not self._ending.wait(_LOOK_SECONDS):
             for rank, process in enumerate(self.all):
                 if process.poll():
                     lost(rank, how_it_ended(process.returncode))
+                    return
+                stopped[rank] = stopped[rank] + _LOOK_SECONDS if _is_stopped(process.pid) else 0.0
+                if stopped[rank] * 1000 > silent_ms:
+                    lost(rank, f"its process is stopped since {silent_ms:,} ms")
                     return
 
     def end(self, wait_seconds: float) -> None:

@@ -152,14 +152,16 @@ def run_rank(
 ) -> None:
     """Join the others, load, and step with them until the front end says stop.
 
-    `alive` is called while waiting for the front end, and may raise.
+    `key`: of a run whose front end has started its ranks. `alive` is called while waiting for the front end, and may
+    raise.
 
     Raises:
         RankError: a rank or the front end was lost; this one, whatever went wrong here.
         ServingError: there is no such run.
     """
     bounds, mesh = bounds_of(options), mesh_of(options.parallel, place.size)
-    stores = Stores.open(place.host, place.port, place.attempt, bounds, hosted=place.hosted)
+    awaited = key is None and not place.hosted
+    stores = Stores.open(place.host, place.port, place.attempt, bounds, hosted=place.hosted, awaited=awaited)
     ranks = Ranks(place, stores, bounds, tp=mesh.tp)
     ranks.begin()
     try:
