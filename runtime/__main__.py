@@ -7,7 +7,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable
-from typing import Final
+from typing import Final, NoReturn
 
 from atomc.errors import AtomcError
 from atomc.runtime.options import Given
@@ -16,8 +16,8 @@ from atomc.runtime.options import Given
 _OUTLIVES_SECONDS: Final = {"rank": 5.0, "front": 15.0}
 
 
-def main(arguments: list[str]) -> int:
-    """Returns the exit code of the front end; a rank ends here."""
+def main(arguments: list[str]) -> NoReturn:
+    """Ends the process at once: threads of a broken process group would wait for ever at a normal exit."""
     given = Given.parse(arguments, "python -m atomc.runtime", __doc__ or "")
     if given.role in _OUTLIVES_SECONDS:
         from atomc.runtime.ranks.processes import end_with_parent
@@ -36,11 +36,9 @@ def main(arguments: list[str]) -> int:
     except Exception:  # noqa: BLE001  a rank must end at once, whatever it was
         code = 1
         traceback.print_exc()
-    if given.role != "front":
-        from atomc.runtime.ranks.serve import end_rank
-
-        end_rank(code != 0)
-    return code
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _is_told_here(error: AtomcError) -> bool:
@@ -109,4 +107,4 @@ def _end_front(front: subprocess.Popen[bytes], wait_seconds: float = 10.0) -> No
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main(sys.argv[1:])

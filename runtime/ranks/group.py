@@ -12,6 +12,7 @@ import math
 import os
 import platform
 import socket
+import traceback
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -302,7 +303,10 @@ class Ranks:
         self.watchdog.check()
         if isinstance(error, dist.DistError) or "gloo" in str(error).lower():
             self._lost(error)
-        kind = "" if isinstance(error, AtomcError) else f"{type(error).__name__}: "
+        kind = ""
+        if not isinstance(error, AtomcError):
+            kind = f"{type(error).__name__}: "
+            traceback.print_exception(error)
         self.watchdog.accuse([self.rank], f"{kind}{str(error).rstrip('.')}")
         self.watchdog.check()
 

@@ -81,13 +81,15 @@ class Processes:
         threading.Thread(target=self._watch, args=(lost, silent_ms), name="atomc-processes", daemon=True).start()
 
     def _watch(self, lost: Callable[[int, str], None], silent_ms: int) -> None:
-        stopped = [0.0] * len(self.all)
+        stopped, last = [0.0] * len(self.all), time.monotonic()
         while not self._ending.wait(_LOOK_SECONDS):
+            now = time.monotonic()
+            passed, last = min(now - last, 5 * _LOOK_SECONDS), now
             for rank, process in enumerate(self.all):
                 if process.poll():
                     lost(rank, how_it_ended(process.returncode))
                     return
-                stopped[rank] = stopped[rank] + _LOOK_SECONDS if _is_stopped(process.pid) else 0.0
+                stopped[rank] = stopped[rank] + passed if _is_stopped(process.pid) else 0.0
                 if stopped[rank] * 1000 > silent_ms:
                     lost(rank, f"its process is stopped since {silent_ms:,} ms")
                     return
@@ -98,6 +100,8 @@ class Processes:
         until = time.monotonic() + wait_seconds
         try:
             for process in self.all:
+                if _is_stopped(process.pid):
+                    process.kill()
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(max(0.0, until - time.monotonic()))
         finally:

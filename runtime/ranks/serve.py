@@ -6,9 +6,7 @@ import asyncio
 import os
 import signal
 import socket
-import sys
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing import AuthenticationError
 from pathlib import Path
@@ -17,7 +15,6 @@ from typing import Protocol
 import torch
 
 from atomc.artifact.store import artifact_hash, read_manifest
-from atomc.errors import AtomcError
 from atomc.runtime.capacity import DEFAULT_SHARE, free_memory, open_executor
 from atomc.runtime.engine import Engine
 from atomc.runtime.errors import RankError, ServingError
@@ -176,9 +173,7 @@ def run_rank(
         loop.run()
     except RankError:
         raise
-    except Exception as error:
-        if not isinstance(error, AtomcError):
-            traceback.print_exc()
+    except Exception as error:  # whatever it is, the others must not wait for this rank
         ranks.failed(error)
         raise
     ranks.close()
@@ -210,10 +205,3 @@ def _leave_on_signal(loop: Lockstep) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, leave)
-
-
-def end_rank(failed: bool) -> None:
-    """End this process at once: threads of a broken process group would wait for ever at a normal exit."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(RankError.exit_code if failed else 0)

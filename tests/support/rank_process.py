@@ -21,7 +21,7 @@ from atomc.runtime.errors import RankError
 from atomc.runtime.options import RunOptions
 from atomc.runtime.ranks.group import Place, Ranks
 from atomc.runtime.ranks.processes import KEY, end_with_parent
-from atomc.runtime.ranks.serve import end_rank, run_rank
+from atomc.runtime.ranks.serve import run_rank
 from tests.support.fake_executor import FakeExecutor, FakeServing
 
 COLLECTIVES: Final = 4  # of a step
@@ -136,14 +136,14 @@ def main() -> None:
     )
     assert isinstance(options, RunOptions)
     assert isinstance(act, Act)
-    failed = True
+    code = 0
     try:
         run_rank(FakeSource(act), Place.of(os.environ), options, os.environ[KEY])
-        failed = False
     except RankError as error:
+        code = error.exit_code
         sys.stdout.write(error.message)
-    finally:
-        end_rank(failed)
+        sys.stdout.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":
