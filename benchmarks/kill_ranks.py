@@ -301,14 +301,12 @@ def _signal_it(point: Point, run: Run, clients: Clients) -> float:
 
 
 def _pid_of(run: Run, target: int) -> int | None:
-    """Once it is there; None when its run has ended before."""
-    if target == FRONT:
-        return run.process.pid
-    while target not in (ranks := run.ranks):
+    """Once it, or of a front end the first rank, is there; None when its run has ended before."""
+    while (0 if target == FRONT else target) not in (ranks := run.ranks):
         if run.process.poll() is not None or not run.left():
             return None
         time.sleep(0.005)
-    return ranks[target]
+    return run.process.pid if target == FRONT else ranks[target]
 
 
 def _await_end(point: Point, run: Run, clients: Clients, began: float) -> None:

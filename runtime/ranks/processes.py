@@ -108,4 +108,4 @@ class Processes:
             for process in self.all:
                 process.kill()
             for process in self.all:
-                process.wait()
+                process.communicate()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import queue
 import re
+import secrets
 import signal
 import socket
 import subprocess
@@ -12,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -20,7 +22,7 @@ import pytest
 from atomc.runtime.capacity import open_executor
 from atomc.runtime.llm import LLM
 from atomc.runtime.request import SamplingParams
-from benchmarks.kill_ranks import Point, Run, ask, references, try_point
+from benchmarks.kill_ranks import FRONT, Point, Run, ask, marked, references, start_marked, try_point
 from tests.support.cli import Cli
 
 pytestmark = pytest.mark.slow
@@ -37,12 +39,9 @@ def right(artifact: Path) -> list[str]:
 def run(artifact: Path, request: pytest.FixtureRequest) -> Iterator[Run]:
     """A server of as many ranks as the parameter says."""
     running = Run(artifact, request.param)
+    assert running.wait_until_ready(), running.said
     yield running
-    running.process.terminate()
-    try:
-        running.process.wait(20)
-    finally:
-        running.process.kill()
+    running.kill()
 
 
 def params(index: int) -> SamplingParams:
@@ -75,36 +74,49 @@ def test_every_answer_is_that_of_one_rank(artifact: Path, run: Run) -> None:
     ranks = {int(rank) for rank in re.findall(r'atomc_rank_step{rank="(\d+)"}', metrics)}
     assert ranks == set(run.ranks), "a rank got no request"
     run.process.terminate()
-    said = run.process.communicate(timeout=20)[0]
-    assert run.process.returncode == 0, said
-    assert "error" not in said, said
+    assert run.process.wait(20) == 0, run.said
+    assert "error" not in run.said, run.said
+    assert not run.left()
 
 
 @pytest.mark.parametrize(
-    ("rank", "how", "events"), [(1, "SIGKILL", 0), (0, "SIGKILL", 37), (1, "SIGSTOP", 11), (0, "SIGSTOP", 60)]
+    "point",
+    [
+        Point(2, [1], "SIGKILL", "events", 1),
+        Point(2, [0], "SIGSTOP", "events", 60),
+        Point(3, [0, 2], "SIGKILL", "events", 37),
+        Point(2, [1], "SIGSTOP", "seconds", 0.1),
+        Point(2, [FRONT], "SIGSTOP", "events", 20),
+        Point(2, [0], "SIGKILL", "drain", 0.1),
+    ],
+    ids=str,
 )
-def test_a_rank_that_is_lost(artifact: Path, right: list[str], rank: int, how: str, events: int) -> None:
-    point = Point(2, rank, how, events)
+def test_what_is_lost_ends_the_run_in_time(artifact: Path, right: list[str], point: Point) -> None:
+    """Ranks and front end, killed and stopped; also before they have met, and while answers end."""
     try_point(artifact, right, point)
     assert not point.problems, point
 
 
-@pytest.mark.parametrize("run", [2], indirect=True)
-def test_ranks_end_when_the_front_end_is_killed(run: Run) -> None:
-    run.process.kill()
-    run.process.wait(10)
-    until = time.monotonic() + 10
-    while left := [pid for pid in run.ranks.values() if Path(f"/proc/{pid}").exists() and not is_zombie(pid)]:
+def until_gone(mark: str, seconds: float = 10) -> None:
+    until = time.monotonic() + seconds
+    while left := marked(mark):
         assert time.monotonic() < until, f"{left} are left"
         time.sleep(0.1)
 
 
-def is_zombie(pid: int) -> bool:
-    """Ended, and not yet waited for by whoever inherited it."""
+@pytest.mark.parametrize("early", [False, True])
+def test_ranks_end_when_the_front_end_is_killed(artifact: Path, early: bool) -> None:
+    """Also while they are still importing what they need to watch it."""
+    run = Run(artifact, 2)
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except OSError:
-        return True
+        while not run.ranks:
+            time.sleep(0.01)
+        assert early or run.wait_until_ready()
+        run.process.kill()
+        run.process.wait(10)
+        until_gone(run.mark)
+    finally:
+        run.kill()
 
 
 @pytest.mark.parametrize("run", [2], indirect=True)
@@ -116,42 +128,57 @@ def test_a_rank_told_to_end_ends_the_run_in_good_order(run: Run) -> None:
         events.get(timeout=30)
         os.kill(run.ranks[1], signal.SIGTERM)
         assert asked.result(30).whole
-    said = run.process.communicate(timeout=20)[0]
-    assert run.process.returncode == 0, said
+    assert run.process.wait(20) == 0, run.said
+
+
+@contextmanager
+def torchrun(artifact: Path) -> Iterator[tuple[subprocess.Popen[str], str, str]]:
+    """Two ranks under torchrun: the process, its mark, and the server's address."""
+    mark = secrets.token_hex(8)
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m",
+        "atomc.runtime", str(artifact), "--port", "0", "--memory-bytes", "64000000", "--log-level", "warning",
+    ]  # fmt: skip
+    run = start_marked(command, mark)
+    try:
+        for line in run.stdout or ():
+            if found := re.search(r"2 ranks serve at (\S+)", line):
+                yield run, mark, f"http://{found[1]}"
+                return
+        raise AssertionError("it did not start")
+    finally:
+        for pid in marked(mark):
+            os.kill(pid, signal.SIGKILL)
 
 
 def test_torchrun(artifact: Path, right: list[str]) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m",
-        "atomc.runtime", str(artifact), "--port", str(port), "--memory-bytes", "64000000", "--log-level", "warning",
-    ]  # fmt: skip
-    run = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    try:
-        url = f"http://127.0.0.1:{port}"
-        wait_until_ready(run, url)
+    with torchrun(artifact) as (run, mark, url):
         model: str = httpx.get(f"{url}/v1/models", timeout=10).json()["data"][0]["id"]
         assert ask(url, model, 0, False, queue.SimpleQueue()).text == right[0]
         run.terminate()
         said = run.communicate(timeout=30)[0]
         assert "lost" not in said, said
-    finally:
-        run.kill()
+        until_gone(mark)
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(url)
 
 
-def wait_until_ready(process: subprocess.Popen[str], url: str) -> None:
-    until = time.monotonic() + 60
-    while True:
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < until, "it did not start"
-        try:
-            if httpx.get(f"{url}/health", timeout=2).status_code == 200:
-                return
-        except httpx.TransportError:
-            time.sleep(0.1)
+def test_a_rank_that_is_lost_under_torchrun(artifact: Path) -> None:
+    """Rank 0, whose launcher ends its neighbour: the front end is a process of its own, and outlives both to say so."""
+    with torchrun(artifact) as (run, mark, url):
+        model: str = httpx.get(f"{url}/v1/models", timeout=10).json()["data"][0]["id"]
+        events = queue.SimpleQueue[int]()
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(ask, url, model, 2, True, events)
+            events.get(timeout=30)
+            ranks = {rank: pid for pid, rank in marked(mark).items() if rank is not None}
+            os.kill(ranks[0], signal.SIGKILL)
+            answer = asked.result(30)
+        assert re.search(r"Rank 0 of 2 was lost in step \d+", answer.error), answer
+        said = run.communicate(timeout=30)[0]
+        assert run.returncode != 0
+        assert re.search(r"error: Rank 0 of 2 was lost in step \d+", said), said
+        until_gone(mark)
 
 
 def test_what_cannot_start(artifact: Path, tmp_path: Path, cli: Cli) -> None:
@@ -168,6 +195,12 @@ def test_what_cannot_start(artifact: Path, tmp_path: Path, cli: Cli) -> None:
     ran = cli("serve", artifact, "--nproc", "2", "--port", "0", "--max-requests", "1000")
     assert ran.code == 1
     assert "was lost while loading: 1000 requests are asked for" in ran.err
+    ran = cli("serve", artifact, "--nproc", "2", "--port", "0", "--parallel", "dp=3,moe=tp")
+    assert ran.code == 1
+    assert "--parallel dp=3,moe=tp is for 3 ranks, and 2 are started." in ran.err
+    ran = cli("serve", artifact, "--port", "0", "--parallel", "dp=2,moe=tp")
+    assert ran.code == 1
+    assert "holds the model for one rank, not for --parallel dp=2,moe=tp" in ran.err
 
 
 def test_a_rank_outside_of_a_run(artifact: Path) -> None:
