@@ -17,7 +17,7 @@ def load(path: str | os.PathLike[str], *, max_requests: int | None = None, memor
 
     Args:
         max_requests: that run together; None takes what the artifact is compiled for.
-        memory_bytes: for the caches; None takes half of the memory that is free.
+        memory_bytes: for the caches; None takes half of the memory that is free, or most of what a GPU has left.
     Raises:
         ArtifactError: the artifact is damaged, has no weights, or is for a target this machine cannot run.
         ServingError: the memory does not hold one request.

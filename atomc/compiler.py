@@ -20,6 +20,7 @@ import atomc
 from atomc.artifact.check import check_program
 from atomc.artifact.kernels import KernelFacts, write_kernel
 from atomc.artifact.manifest import SCHEMA_VERSION, Limits, Manifest, Serving
+from atomc.artifact.order import SIDE_TOKENS
 from atomc.artifact.plan import CallPlan, ProgramPlan, RegionPlan, StateTensor
 from atomc.artifact.store import artifact_hash, check_output, encode, hash_file, write_manifest, writing
 from atomc.calibration import SPACE, CalibratedSource, Calibration, fitted
@@ -390,7 +391,7 @@ def lower(compiled: Compiled, serving: Serving, target: Target) -> tuple[RegionP
 
 def buckets_of(most: int) -> tuple[int, ...]:
     """Upper bounds of tokens for which kernels are configured: decode of a few requests, of many, prefill."""
-    return (*(n for n in (16, 64, 256, 1024) if n < most), most)
+    return (*(n for n in (SIDE_TOKENS, 64, 256, 1024) if n < most), most)
 
 
 def build_kernels(variants: dict[str, Variant], target: Target, progress: Progress) -> dict[str, Binary]:

@@ -23,27 +23,14 @@ from pathlib import Path
 from typing import Any
 
 from machine import machine
+from staged import compile_staged
 
 LIMIT_SECONDS, LIMIT_BYTES, LIMIT_RATIO = 60.0, 4 << 30, 1.2
 
 
 def compile_once(model: str, dtype: str, output: Path) -> dict[str, Any]:
     """One compile in this process: seconds of each stage, and what came out."""
-    start = time.perf_counter()
-    from atomc.compiler import Options, compile_model
-
-    stages: dict[str, float] = {"import": time.perf_counter() - start}
-    at = time.perf_counter()
-    stage = "open"
-
-    def progress(name: str, done: int, total: int) -> None:
-        nonlocal at, stage
-        now = time.perf_counter()
-        stages[stage] = stages.get(stage, 0.0) + now - at
-        at, stage = now, name.split()[0]
-
-    result = compile_model(model, "cpu", output, Options(dtype=dtype, with_weights=False), progress)
-    stages[stage] = stages.get(stage, 0.0) + time.perf_counter() - at  # the last stage: passes of the head, and writing
+    result, stages = compile_staged(model, "cpu", output, dtype)
     assert result.program is not None
     return {
         "stages": stages,

@@ -3,10 +3,10 @@
     python benchmarks/greedy_noise.py build/nano.atom [--error 1.3e-4] [--experts 5.8e-4] [--seeds 3]
 
 Hopper's matrix unit adds FP8 products with about 14 bits; `atomc verify` on an H100 measures what that leaves as the
-relative error of each product (Frobenius). On the cpu a product's operand gets a random error of that size after it was
-dequantised, which gives its result the same one, and what the experts return does. Greedy continuations are then
-compared as `gpu_numerics.py` compares those of a GPU: how many part, and at what gap of log-probabilities. If these are
-alike, the GPU's differences are explained by the precision of its sums.
+relative error of each product (Frobenius). On the cpu each of a product's two operands gets a random error of that size
+over the root of two after it was dequantised, which together give its result the same one; what the experts return gets
+theirs. Greedy continuations are then compared as `gpu_numerics.py` compares those of a GPU: how many part, and at what
+gap of log-probabilities. If these are alike, the precision of its sums is enough to explain the GPU's differences.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     exact, rows = texts(options.artifact, options.tokens), []
-    sizes = {"dequantize": options.error, "moe_experts_quant": options.experts}
+    sizes = {"dequantize": options.error / 2**0.5, "moe_experts_quant": options.experts}
     for seed in range(options.seeds):
         torch.manual_seed(seed)
         with errors(sizes):

@@ -22,7 +22,7 @@ from atomc.artifact.kernels import KernelFacts, read_kernels, write_kernel
 from atomc.codegen.aot import build_all, default_store, key
 from atomc.codegen.device import Recorder, Variant, type_of
 from atomc.codegen.source import source_of
-from atomc.ops.library import CALLS, missing
+from atomc.ops.library import made, missing
 from atomc.runtime.launcher import Kernel, load_kernel
 from atomc.targets import Target
 
@@ -62,9 +62,9 @@ def build(folder: Path, variants: Iterable[Variant], target: Target, jobs: int |
         if done % 20 == 0 or done == count:
             print(f"  {what}: {done} of {count}", flush=True)
 
-    made = build_all(missing.values(), target, default_store(), jobs, told)
+    built = build_all(missing.values(), target, default_store(), jobs, told)
     for name, variant in missing.items():
-        binary = made[key(variant, target)]
+        binary = built[key(variant, target)]
         write_kernel(folder, name, binary.data, binary.facts)
     return len(wanted)
 
@@ -94,12 +94,9 @@ class BuiltDevice:
 
     def library(self, name: str, arguments: Callable[[], Sequence[Tensor]]) -> bool:
         """Make the call where the device has it and it takes so many rows, as the runtime does."""
-        given = () if absent(name) else arguments()
-        if not given or not CALLS[name].fits(given[0]):
-            return False
-        self.made.add(name)
-        CALLS[name].run(*given)
-        return True
+        done = not absent(name) and made(name, arguments())
+        self.made |= {name} if done else set()
+        return done
 
     def launch(
         self, kernel: Any, grid: tuple[int, ...], args: Mapping[str, Any], constants: Mapping[str, Any],

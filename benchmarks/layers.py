@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from stack_roofline import operations
@@ -189,7 +190,7 @@ def main() -> int:
     parser.add_argument("--requests", type=int, nargs="*", default=[1, 16, 64])
     parser.add_argument("--tokens", type=int, nargs="*", default=[1024, 4096, 8192])
     parser.add_argument("--repeat", type=int, default=20)
-    parser.add_argument("--profile", type=Path, help="folder for tables of kernels by time")
+    parser.add_argument("--profile", type=Path, help="folder for tables and traces of kernels")
     parser.add_argument("--compare", action="store_true", help="decode with and without overlap of launches")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -202,14 +203,19 @@ def main() -> int:
         found.append(row.known())
         print(row.known(), flush=True)
     if options.out is not None:
-        config = load_config(options.artifact)
-        facts = {
-            "command": " ".join(sys.argv), "device": torch.cuda.get_device_name(), "torch": torch.__version__,
-            "compilers imported": compilers(), "ceilings": best, "artifact": options.artifact.stem,
-            "layers": list(config.compress_ratios), "rows": found,
-        }  # fmt: skip
-        options.out.write_text(json.dumps(facts, indent=1) + "\n")
+        written(options, best, found)
     return 0
+
+
+def written(options: argparse.Namespace, best: dict[str, float], found: list[dict[str, Any]]) -> None:
+    """Write rows with what they are of."""
+    config = load_config(options.artifact)
+    facts = {
+        "command": " ".join(sys.argv), "device": torch.cuda.get_device_name(), "torch": torch.__version__,
+        "compilers imported": compilers(), "ceilings": best, "artifact": options.artifact.stem,
+        "layers": list(config.compress_ratios), "rows": found,
+    }  # fmt: skip
+    options.out.write_text(json.dumps(facts, indent=1) + "\n")
 
 
 WAYS = {
@@ -224,8 +230,10 @@ def compare(options: argparse.Namespace) -> int:
     """Decode steps in each of `WAYS`. Returns 1 if their logits differ in a bit."""
     artifact = random_artifact(options.artifact)
     pools = pools_of(artifact, options.requests)
+    best = ceilings()
+    print(told(best), flush=True)
     expected: dict[int, Tensor] = {}
-    different = 0
+    different, found = 0, []
     for way, flags in WAYS.items():
         start = time.perf_counter()
         executor = Executor(artifact, pools, **flags)
@@ -240,11 +248,16 @@ def compare(options: argparse.Namespace) -> int:
             batch = steps.batch(requests, options.context - 1, 1)
             row = {"way": way, "requests": requests, "context": options.context}
             row |= stepped(partial(executor.step, batch), options.repeat)
-            print(row | {"same_logits": f"{same} of {bits.numel()}"}, flush=True)
+            if executor.graphs is not None:
+                row["replay_s"] = replayed(partial(executor.graphs.replay, requests))
+            found.append(row | {"same_logits": f"{same} of {bits.numel()}"})
+            print(found[-1], flush=True)
         del executor
         gc.collect()
         torch.cuda.empty_cache()
     print("all logits agree to the bit" if not different else f"{different} rows of logits DIFFER")
+    if options.out is not None:
+        written(options, best, found)
     return int(different > 0)
 
 
@@ -264,7 +277,7 @@ def decoded(executor: Executor, steps: Steps, requests: int, count: int = 32) ->
 
 
 def profiles(executor: Executor, steps: Steps, options: argparse.Namespace) -> None:
-    """Tables of the kernels of one step, by time."""
+    """Of one step each: a table of its kernels by time, and the trace for a viewer, with streams."""
     from torch.profiler import ProfilerActivity, profile
 
     cases = [(f"decode {n}", steps.batch(n, options.context - 1, 1)) for n in options.requests]
@@ -277,6 +290,7 @@ def profiles(executor: Executor, steps: Steps, options: argparse.Namespace) -> N
             torch.cuda.synchronize()
         table = seen.key_averages().table(sort_by="cuda_time_total", row_limit=40, max_name_column_width=60)
         (options.profile / f"{name.replace(' ', '_')}.txt").write_text(table)
+        seen.export_chrome_trace(str(options.profile / f"{name.replace(' ', '_')}.trace.json.gz"))
 
 
 if __name__ == "__main__":

@@ -62,7 +62,9 @@ class Problem:
     @property
     def key(self) -> dict[str, int | str]:
         """As `codegen.tuning` looks it up."""
-        return {"n": self.n, "k": self.k, "itemsize": self.itemsize, "groups": self.groups}
+        operands = ("bf16", "fp32" if self.itemsize == 4 else "bf16")
+        x, w = (str(FP8_ACTIVATION), str(FP8_TILE)) if self.kernel == "scaled_gemm" else operands
+        return {"n": self.n, "k": self.k, "groups": self.groups, "x": x, "w": w}
 
     def calls(self, device: Device, sets: int) -> list[Callable[[], Tensor]]:
         """The host function on `sets` sets of random inputs."""
@@ -240,15 +242,18 @@ def write(path: Path, name: str, entries: list[Entry]) -> None:
     def place(entry: Entry) -> tuple[Any, ...]:
         return entry.kernel, tuple(sorted(entry.problem.items())), entry.tokens
 
-    known = msgspec.json.decode(path.read_bytes(), type=Table).entries if path.exists() else []
-    merged = {place(e): e for e in (*known, *entries)}
+    known = msgspec.json.decode(path.read_bytes(), type=Table) if path.exists() else None
+    merged = {place(e): e for e in (*(known.entries if known else ()), *entries)}
+    commands = [*(known.commands if known else ()), " ".join(["benchmarks/tune.py", *sys.argv[1:]])]
     table = Table(
-        name, torch.cuda.get_device_name(), str(torch.__version__), triton.__version__, " ".join(sys.argv), []
-    )
+        name, torch.cuda.get_device_name(), str(torch.__version__), triton.__version__, commands,
+        known.note if known else "", [],
+    )  # fmt: skip
     head = msgspec.json.encode(table).decode().removesuffix("]}")
     lines = ",\n".join(msgspec.json.encode(merged[key]).decode() for key in sorted(merged))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"{head}\n{lines}\n]}}\n", encoding="utf-8")
+    msgspec.json.decode(path.read_bytes(), type=Table)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from typing import Any
 import msgspec
 
 from atomc.artifact.kernels import KernelFacts
-from atomc.codegen.dependent import WAITS, waiting_kernels
+from atomc.codegen import dependent
 from atomc.codegen.device import Variant
 from atomc.codegen.source import kernel_of, source_of
 from atomc.errors import AtomcError
@@ -60,7 +60,7 @@ def key(variant: Variant, target: Target) -> str:
         FACTS, variant.name, variant.kernel.cache_key, variant.signature, [(k, repr(v)) for k, v in variant.constants],
         variant.warps, variant.stages, sorted(variant.aligned), target.name, target.arch, triton.__version__,
     ]  # fmt: skip
-    known += [WAITS] if target.dependent_launch else []
+    known += [dependent.source()] if target.dependent_launch else []
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:20]
 
 
@@ -87,7 +87,7 @@ def build(variant: Variant, target: Target) -> Binary:
         with (
             triton.knobs.cache.scope(),
             TemporaryDirectory(prefix="atomc-triton-") as scratch,
-            waiting_kernels() if target.dependent_launch else nullcontext(),
+            dependent.waiting_kernels() if target.dependent_launch else nullcontext(),
         ):
             triton.knobs.cache.dir = scratch
             made = triton.compile(source, where, options={"num_warps": variant.warps, "num_stages": variant.stages})
@@ -178,7 +178,7 @@ def _nvidia(made: Any) -> dict[str, Any]:
     return {
         "registers": usage.get("REG", 0), "spills": usage.get("STACK", 0), "scalar_spills": 0,
         "matrix": _count(MATRIX, text.replace(".sync.aligned", "")), "loads": sum(loads.values()),
-        "wide_loads": wide + loads.get("cp.async.bulk.tensor", 0), "dependent": WAITS in text,
+        "wide_loads": wide + loads.get("cp.async.bulk.tensor", 0), "dependent": dependent.WAITS in text,
     }  # fmt: skip
 
 

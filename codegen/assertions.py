@@ -40,6 +40,10 @@ EXEMPT: Final = (
         "FP4 weights without an instruction for them: a step has 16 bytes of a row, and several lanes share them",
     ),
     Exempt(
+        "spills", "attend_apart", {},
+        "what an item needs at its ends, and what looks rows up, waits in memory; nothing of a tile does", most=112,
+    ),
+    Exempt(
         "spills", "experts_folded", {}, "what a tile needs at its ends waits in memory; no step of K has one", most=64
     ),
 )  # fmt: skip
@@ -73,6 +77,8 @@ def faults_of(variant: Variant, facts: KernelFacts, target: Target) -> list[str]
         found.append(f"{facts.shared} bytes of shared memory, of {target.shared_bytes}")
     if facts.spills > max((e.most for e in EXEMPT if covers(e, "spills", variant)), default=0):
         found.append(f"{facts.spills} bytes of registers are spilled")
+    if facts.dependent != target.dependent_launch:
+        found.append("it waits for the launch before it" if facts.dependent else "it waits for no launch before it")
     product = has_product(variant.kernel) and not is_exempt("matrix", variant)
     if bool(facts.matrix) != product:
         found.append(f"matrix instructions {facts.matrix}" if facts.matrix else "a product without matrix instructions")

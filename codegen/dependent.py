@@ -15,6 +15,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
 from typing import Any, Final
 
 ENTRY: Final = re.compile(r"^// %bb\.0:.*\n", re.MULTILINE)  # where LLVM begins a function's first block
@@ -35,6 +37,12 @@ def waiting(ptx: str) -> str:
     if len(ENTRY.findall(ptx)) != 1:
         raise ValueError(f"its PTX has {len(ENTRY.findall(ptx))} functions, and one is expected")
     return ENTRY.sub(lambda entry: f"{entry.group()}\t{WAITS}\n\t{LETS}\n", ptx)
+
+
+@cache
+def source() -> str:
+    """This module's text: what it does to a kernel is part of the kernel's key."""
+    return Path(__file__).read_text(encoding="utf-8")
 
 
 @contextmanager

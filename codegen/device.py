@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from atomc.codegen.tuning import STATIC
-from atomc.ops.library import CALLS
+from atomc.ops.library import made
 from atomc.targets import Target
 
 # Triton's name of each dtype; E8M0 scales and packed FP4 are bytes to a kernel.
@@ -65,7 +65,7 @@ class TorchDevice:
     """Runs kernels through Triton itself: on a GPU, or on the CPU in the interpreter (`TRITON_INTERPRET=1`).
 
     Attributes:
-        libraries: names of the library's calls that are made where they are offered. offered: those that were.
+        libraries: names of the library's calls to make, where they are offered and fit. offered, made: which were.
     """
 
     target: Target
@@ -73,6 +73,7 @@ class TorchDevice:
     device: str = "cuda"
     libraries: frozenset[str] = frozenset()
     offered: set[str] = field(default_factory=set)
+    made: set[str] = field(default_factory=set)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Poisoned, so that what a kernel does not write is seen."""
@@ -91,10 +92,9 @@ class TorchDevice:
     def library(self, name: str, arguments: Callable[[], Sequence[Tensor]]) -> bool:
         """Make the call, if it is one of `libraries`."""
         self.offered.add(name)
-        given = arguments() if name in self.libraries else ()
-        if not given or not CALLS[name].fits(given[0]):
+        if name not in self.libraries or not made(name, arguments()):
             return False
-        CALLS[name].run(*given)
+        self.made.add(name)
         return True
 
 

@@ -87,6 +87,8 @@ class SymbolicRecorder(Recorder):
 
     def library(self, name: str, arguments: Callable[[], Sequence[Tensor]]) -> bool:
         """Record the call and what goes before it; a host function offers one at most."""
+        if self.offer is not None:
+            raise ValueError(f"a host function offers {self.offer.name} and {name}; a plan names one call")
         kept, self.calls = self.calls, []
         given = list(arguments())
         self.offer, self.calls = Offer(name, given, self.calls), kept
@@ -123,8 +125,11 @@ def differs(
     device = SymbolicRecorder(target, bucket.tokens, place="meta")
     host(device, *map(real, arguments), **kwargs)
     calls, launches = device.calls + (device.offer.launches if device.offer else []), bucket.every_launch
-    if len(calls) != len(launches) or (device.offer is None) != (bucket.library is None):
+    if len(calls) != len(launches):
         return f"{len(launches)} launches, but {len(calls)} for {symbols}"
+    offered, named = (x.name if x else "none" for x in (device.offer, bucket.library))
+    if offered != named:
+        return f"the library's call is {named}, but for {symbols} {offered}"
     for launch, (variant, grid, given, _) in zip(launches, calls, strict=True):
         planned = [_evaluated(g, symbols) for g in launch.grid]
         if launch.kernel != kernel_key(variant, target) or planned != list(grid):

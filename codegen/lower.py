@@ -155,7 +155,7 @@ class Lowering:
         read: list[Node] = []
         map_arg((args, kwargs), read.append)
         tensors = [n for n in read if isinstance(n.meta["val"], FakeTensor)]
-        values = [map_arg(a, lambda n: n.meta["val"]) for a in args]
+        values, kwargs = map_arg((list(args), kwargs), lambda n: n.meta["val"])
         try:
             made = record(host, values, kwargs, self.target, tokens, tensors[0].meta["val"].fake_mode)
         except (RuntimeError, TypeError, ValueError, AssertionError) as error:

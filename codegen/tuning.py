@@ -24,7 +24,8 @@ from atomc.targets import TARGETS, Target
 __all__ = ["STATIC", "Entry", "Table", "table_of", "trial", "tuned"]
 
 FOLDER: Final = Path(__file__).parent / "tuned"
-REACH: Final = 4  # a bucket takes what was measured for one of up to so many times its tokens, or its part
+REACH: Final = 4  # a bucket takes what was measured for one of up to so many times its tokens, or its part,
+FEW: Final = 64  # but not across this number of them, where the forms of the kernels change
 
 
 class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -39,13 +40,17 @@ class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What one GPU was measured at. `command`: how."""
+    """What one kind of GPU was measured at.
+
+    device, torch, triton: of the last run. commands: the runs, the last one last. note: what else there is to know.
+    """
 
     target: str
     device: str
     torch: str
     triton: str
-    command: str
+    commands: list[str]
+    note: str
     entries: list[Entry]
 
 
@@ -72,11 +77,11 @@ def tuned(
     if table is None:
         return None
     known = [e for e in table.entries if (e.kernel, e.problem) == (kernel, problem)]
-    near = [e for e in known if tokens <= e.tokens * REACH and e.tokens <= tokens * REACH]
+    near = [e for e in known if 1 / REACH <= e.tokens / tokens <= REACH and (e.tokens <= FEW) == (tokens <= FEW)]
     if not near:
         return None
     entry = min(near, key=lambda e: abs(math.log(e.tokens / tokens)))
-    return dict(entry.config), f"tuned on {table.device}"
+    return dict(entry.config), f"tuned on {table.device} with Triton {table.triton}"
 
 
 @cache

@@ -62,7 +62,9 @@ def choose(
     num_blocks: int | None = None,
     num_window_pages: int | None = None,
 ) -> Capacity:
-    """Pool sizes within `memory_bytes` (None: half of the machine's free memory); explicit numbers are taken as given.
+    """Pool sizes within `memory_bytes`; explicit numbers are taken as given.
+
+    None: half of the machine's free memory; for a GPU see `device_memory`.
 
     Raises:
         ServingError: the memory does not hold one request, or more requests than the artifact is compiled for.
@@ -114,10 +116,21 @@ def free_memory() -> int:
 
 
 def device_memory(artifact: LoadedArtifact) -> int:
-    """Bytes of a GPU's free memory for state: what weights, arena and values leave, and some for the driver."""
+    """Bytes of a GPU's free memory for state: what weights, arena and values leave, and some for the driver.
+
+    Raises:
+        ServingError: they leave none.
+    """
     known, program = weights(artifact.program, artifact.regions), artifact.program
     taken = known.bytes + known.prepared + program.arena_bytes + 2 * program.values_bytes
-    return max(0, int((torch.cuda.mem_get_info()[0] - taken) * DEVICE_SHARE))
+    free = torch.cuda.mem_get_info()[0]
+    if free <= taken:
+        raise ServingError(
+            f"The GPU has {bytes_text(free)} of free memory; weights take {bytes_text(known.bytes + known.prepared)}, "
+            f"a step {bytes_text(taken - known.bytes - known.prepared)}. Close other programs, or compile with a "
+            "smaller --max-batch-tokens."
+        )
+    return int((free - taken) * DEVICE_SHARE)
 
 
 def _group_memory(group: Path) -> int | None:

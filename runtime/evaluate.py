@@ -184,7 +184,7 @@ class _Evaluator:
         return rows, targets
 
     def _take(self, logits: torch.Tensor, targets: list[int]) -> None:
-        chosen = logits.gather(1, torch.tensor(targets)[:, None])[:, 0]
+        chosen = logits.gather(1, torch.tensor(targets, device=logits.device)[:, None])[:, 0]
         nats = float((logits.logsumexp(dim=-1) - chosen).double().sum())
         if not math.isfinite(nats):
             raise EngineError("The model's logits are not finite.")

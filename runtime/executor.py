@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -10,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from atomc.artifact.order import SIDE_TOKENS
+from atomc.artifact.order import SIDE_TOKENS, owners_of
 from atomc.artifact.plan import CallPlan, RegionPlan, StateTensor
 from atomc.artifact.store import ArtifactError
 from atomc.ops import Batch
@@ -79,7 +80,8 @@ class BoundCall:
         self._prepare(call.prefix)
         self.outputs = list(plan.outputs.items())
         made = {slot for step in plan.steps for slot in step.outputs}
-        written = {slot: name for name, slot in reversed(self.outputs) if slot in made}
+        owner = owners_of(plan.slots)
+        written = {owner[slot]: name for name, slot in reversed(self.outputs) if owner[slot] in made}
         buffers = {} if memory is None else {s: memory.take(name, plan.slots[s]) for s, name in written.items()}
         self.steps = [
             LaunchStep(at, plan, gpu, buffers)
@@ -141,10 +143,24 @@ class Executor:
         states: the caches of all layers by `prefix + name`.
     """
 
+    graphs: DecodeGraphs | None = None
+
     def __init__(
         self, artifact: LoadedArtifact, pools: PoolSizes, *, side_streams: bool = True, dependent_launches: bool = True
     ) -> None:
-        """Bind, rehearse, capture. The flags are there to measure what each brings to a decode step on a GPU."""
+        """Bind, rehearse, capture. The flags are there to measure what each brings to a decode step on a GPU.
+
+        Raises:
+            ArtifactError: the plan does not run. ServingError: the memory does not suffice.
+        """
+        with memory_told():
+            self._bind(artifact, pools)
+            self.rehearse()
+            if self.staging is not None and self.gpu is not None:
+                self.graphs = self._capture(self.staging, self.gpu, side_streams, dependent_launches)
+
+    def _bind(self, artifact: LoadedArtifact, pools: PoolSizes) -> None:
+        """Put weights, state and memory in place."""
         self.folder, self.serving = artifact.folder, artifact.manifest.serving
         self.tokenizer_path = artifact.folder / "tokenizer.json"
         self.pools = pools
@@ -167,10 +183,6 @@ class Executor:
                 BoundCall(c, artifact.regions[c.region], weights, self.states, self.gpu, memory) for c in program.calls
             ]
         self.staging = None if self.gpu is None else Staging(self.serving, self.bounds, self.device)
-        self.graphs: DecodeGraphs | None = None
-        self.rehearse()
-        if self.staging is not None and self.gpu is not None:
-            self.graphs = self._capture(self.staging, self.gpu, side_streams, dependent_launches)
 
     @classmethod
     def load(
@@ -233,10 +245,14 @@ class Executor:
         """Run one token in the reserved page and block, and forget it: a first run, and a proof of the plan.
 
         Raises:
-            ArtifactError: names the step that fails.
+            ArtifactError: names the step that fails; on a GPU, where a kernel fails while it runs, that it does.
         """
         try:
             self.step(idle_batch(self.serving))
+            if self.gpu is not None:
+                self.gpu.synchronize()  # an error of a kernel shows here
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:
             where = "; ".join(getattr(error, "__notes__", []))
             raise ArtifactError(
@@ -245,7 +261,7 @@ class Executor:
         self._forget()
 
     def _forget(self) -> None:
-        """Clear what was written into reserved rows of the state."""
+        """Clear what a rehearsal wrote: the first row of each state, and the last, which padding uses."""
         for state in self.states.values():
             state[0].zero_()
             state[-1].zero_()
@@ -275,6 +291,22 @@ class Executor:
                     f"batch.{name} is {list(field.shape)} {field.dtype}; {list(shape)} torch.int32 is needed."
                 )
         return sizes
+
+
+@contextmanager
+def memory_told() -> Iterator[None]:
+    """Within it, a GPU that has no memory left is an error for who chose the sizes.
+
+    Raises:
+        ServingError: says what was asked for.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ServingError(
+            f"The GPU's memory does not hold the model with these caches: {str(error).partition('. ')[0]}. Allow fewer "
+            "requests or less --memory, close other programs, or compile with a smaller --max-batch-tokens."
+        ) from error
 
 
 def allocate(states: Mapping[str, list[StateTensor]], pools: PoolSizes) -> dict[str, Tensor]:

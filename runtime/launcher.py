@@ -171,6 +171,6 @@ def load_kernel(path: Path, facts: KernelFacts, device: int) -> Kernel:
     except (LaunchError, RuntimeError, AttributeError, TypeError) as first:
         try:
             return DriverKernel(path, facts, device)
-        except (LaunchError, RuntimeError) as second:
+        except (LaunchError, RuntimeError, AttributeError) as second:
             why = f"{first}; {second}"
             raise LaunchError(f"kernel {facts.name} ({facts.target}) cannot be loaded: {why}.") from second

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from atomc.artifact.check import check_program
+from atomc.artifact.kernels import check_kernels
 from atomc.artifact.manifest import Manifest
 from atomc.artifact.plan import ProgramPlan, RegionPlan
 from atomc.artifact.store import ArtifactError, decode, read_manifest, verify
@@ -64,6 +65,7 @@ def load(folder: Path, progress: Callable[[str], None] = lambda _: None) -> Load
     program, regions = read_plan(folder)
     weights = read_weights(folder, manifest)
     check_program(str(folder), manifest, program, regions, weights)
+    check_kernels(folder, regions)
     return LoadedArtifact(folder, manifest, program, regions, weights)
 
 

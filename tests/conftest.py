@@ -44,7 +44,7 @@ SLOW_MODULES = frozenset(
         "runtime/test_evaluate.py", "runtime/test_executor.py", "runtime/test_native.py",
         "codegen/test_missing.py", "test_bad_input.py", "test_capture.py", "test_cli.py", "test_compiler.py",
         "test_dynamo.py", "test_dynamo_transformers.py", "verify/test_clean.py", "verify/test_cli.py",
-        "verify/test_faults.py",
+        "verify/test_faults.py", "verify/test_gpu.py",
     }
 )  # fmt: skip
 

@@ -49,7 +49,9 @@ def test_every_case_runs_in_plain_torch_and_launches_for_a_gpu(bench: Any, famil
         _, real = device.record(target, case.tokens, case.host(target), case.make(at))
         assert {device.label(v) for v in real.variants} == {device.label(v) for v in recorder.variants}, case.name
         if isinstance(expected, torch.Tensor) and isinstance(result, torch.Tensor):
-            assert result.shape[0] == expected.shape[0] or case.plain is None, case.name
+            # A peer that is not the reference may give a result before its last view.
+            assert result.shape[0] == expected.shape[0], case.name
+            assert case.plain is not None or result.shape == expected.shape, case.name
         assert case.bytes is None or case.bytes > 0, case.name
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from atomc.artifact.kernels import read_kernels
+from atomc.artifact.kernels import check_kernels, read_kernels
 from atomc.artifact.store import MANIFEST, ArtifactError, artifact_hash, files_of, read_manifest
 from atomc.codegen import hosts
 from atomc.codegen.aot import Store
@@ -138,7 +138,7 @@ def test_an_artifact_for_a_gpu_has_every_kernel_that_its_plan_launches(
     for region in built.regions.values():
         assert missing_kernels(region, get_target(target)) == []
         for step in region.steps:
-            launched |= {launch.kernel for bucket in step.buckets for launch in bucket.launches}
+            launched |= {launch.kernel for bucket in step.buckets for launch in bucket.every_launch}
             computed += bool(step.buckets)
             assert [b.tokens for b in step.buckets] in ([], [16])
             assert step.buckets or is_view(step, region), step.op
@@ -150,6 +150,8 @@ def test_an_artifact_for_a_gpu_has_every_kernel_that_its_plan_launches(
     for key, known in facts.items():
         assert (folder / "kernels" / f"{key}.bin").read_bytes()[:4] == b"\x7fELF"
         assert known.target == target and known.spills == 0 and known.shared <= get_target(target).shared_bytes
+
+    check_kernels(folder, built.regions)
 
     def never(*_: object) -> None:
         raise AssertionError("compiled again")

@@ -155,7 +155,7 @@ def _steps(problems: Problems, region: RegionPlan, batch: object, bounds: Mappin
         for problem in (*_call(step, op, region, defined, set(bounds)), *_results(step, op, region, taken)):
             problems.add(where, problem)
         made = {s for s in step.outputs if s is not None} | _scratch(step)
-        for problem in _launches(step, region, defined | made, set(bounds)):
+        for problem in _launches(step, region, defined | made, bounds):
             problems.add(where, problem)
         if gone := [s for s in step.release if s not in defined | made]:
             problems.add(where, f"releases {gone}, which are not there")
@@ -170,11 +170,13 @@ def _scratch(step: Step) -> set[int]:
     return {slot for bucket in step.buckets for slot in bucket.scratch}
 
 
-def _launches(step: Step, region: RegionPlan, there: set[int], symbols: set[str]) -> Iterable[str]:
+def _launches(step: Step, region: RegionPlan, there: set[int], bounds: Mapping[str, int]) -> Iterable[str]:
     """What is wrong with the launches of a step: buckets in order, grids of sizes, slots that are there."""
     tokens = [bucket.tokens for bucket in step.buckets]
     if tokens != sorted(set(tokens)) or any(n < 1 for n in tokens):
         yield f"its buckets are for {tokens} tokens"
+    elif tokens and tokens[-1] < bounds["T"]:
+        yield f"its buckets end at {tokens[-1]} tokens, and a step may have {bounds['T']}"
     if wrong := sorted(s for s in _scratch(step) if not 0 <= s < len(region.slots)):
         yield f"scratch slots {wrong} are out of range"
         return
@@ -188,7 +190,7 @@ def _launches(step: Step, region: RegionPlan, there: set[int], symbols: set[str]
             yield f"kernel {launch.kernel} has a grid of {len(launch.grid)} dimensions"
         sizes = [Size(g) if isinstance(g, str) else g for g in launch.grid]
         for value in (*sizes, *(a for a in launch.args if isinstance(a, Size))):
-            if problem := _misfit(value, "SymInt", symbols):
+            if problem := _misfit(value, "SymInt", set(bounds)):
                 yield f"kernel {launch.kernel}: a size {problem}"
         if gone := [a.id for a in launch.args if isinstance(a, Slot) and a.id not in there]:
             yield f"kernel {launch.kernel} takes slots {gone}, which are not there"

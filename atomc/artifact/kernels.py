@@ -5,9 +5,12 @@ A generated kernel has its source beside it, `kernels/KEY.py`, for readers.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
+
+from atomc.artifact.plan import RegionPlan
 
 FOLDER = "kernels"
 
@@ -52,6 +55,25 @@ def write_kernel(folder: Path, key: str, data: bytes, facts: KernelFacts, source
     (folder / FOLDER / f"{key}.json").write_bytes(encode(facts))
     if source:
         (folder / FOLDER / f"{key}.py").write_text(source, encoding="utf-8")
+
+
+def check_kernels(folder: Path, regions: Mapping[str, RegionPlan]) -> None:
+    """Check that an artifact has every kernel that its plan launches.
+
+    Raises:
+        ArtifactError: names the first one that it has not.
+    """
+    from atomc.artifact.store import ArtifactError
+
+    there = {path.stem for path in (folder / FOLDER).glob("*.bin")} & {p.stem for p in (folder / FOLDER).glob("*.json")}
+    for region in regions.values():
+        for step in region.steps:
+            for launch in (launch for bucket in step.buckets for launch in bucket.every_launch):
+                if launch.kernel not in there:
+                    raise ArtifactError(
+                        f"{folder}: step {step.op} ({step.source}) of region {region.name} launches kernel "
+                        f"{launch.kernel}, which is not in {FOLDER}/. Compile the model again."
+                    )
 
 
 def read_kernels(folder: Path) -> dict[str, KernelFacts]:

@@ -24,7 +24,8 @@ import atomc.ops  # noqa: F401  defines torch.ops.atom
 from atomc.artifact.check_layouts import Adds
 from atomc.artifact.plan import Bucket, Slot, SlotInfo, Step, slots_of
 
-STREAMS: Final = 3  # the main one and two at its sides: no layer has more than three chains that do not need each other
+# The main one and four at its sides: a CSA layer's queries, its rows, and the rows, queries and weights of its index.
+STREAMS: Final = 5
 # The most tokens of a step that runs on side streams. With few tokens most kernels use a few of the processors and
 # wait for memory; from the second bucket of tokens on, a kernel fills the device, and streams only take turns at it.
 SIDE_TOKENS: Final = 16
@@ -55,7 +56,8 @@ def mutated(step: Step) -> list[int]:
 
 def touches(step: Step, owner: Sequence[int]) -> tuple[set[int], set[int]]:
     """Storages that a step reads or writes, and those of them that it writes."""
-    launched = [a.id for b in step.buckets for launch in b.every_launch for a in launch.args if isinstance(a, Slot)]
+    given = [argument for bucket in step.buckets for argument in bucket.every_argument]
+    launched = [argument.id for argument in given if isinstance(argument, Slot)]
     scratch = [slot for bucket in step.buckets for slot in bucket.scratch]
     written = {owner[s] for s in (*step.outputs, *mutated(step), *scratch) if s is not None}
     return {owner[s] for s in (*slots_of(step), *launched)} | written, written
@@ -157,6 +159,8 @@ def _misplaced(at: int, steps: Sequence[Step], owner: Sequence[int], aside: bool
         found.append(f"stream {step.stream}, waits {step.waits}, but it launches nothing")
     if aside and not step.buckets and is_work(step, owner):
         found.append("torch computes it, on memory that the plan does not place, in a region with side streams")
+    if aside and any(b.library for b in step.buckets if b not in _alone(step)):
+        found.append("a library computes it, on the current stream, in a bucket that may run on a side stream")
     found += [
         f"waits for {earlier}, which is no earlier launched step of another stream"
         for earlier in step.waits

@@ -117,6 +117,11 @@ class Bucket(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
         """All launches, those before the library's call too."""
         return self.launches + (self.library.launches if self.library else [])
 
+    @property
+    def every_argument(self) -> list[Scalar]:
+        """What all launches and the library's call are given."""
+        return [a for launch in self.every_launch for a in launch.args] + (self.library.args if self.library else [])
+
 
 class Step(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """One operation.

@@ -13,7 +13,11 @@ if TYPE_CHECKING:
 
 MemoryOption = Annotated[
     str | None,
-    typer.Option(help="Memory for the caches (8G, 512M).", show_default="half of what is free", metavar="SIZE"),
+    typer.Option(
+        help="Memory for the caches (8G, 512M).",
+        show_default="half of what is free, most of a GPU's",
+        metavar="SIZE",
+    ),
 ]
 
 

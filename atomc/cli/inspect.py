@@ -61,6 +61,10 @@ def inspect_command(
     opened = open_artifact(artifact)
     if plan is not None:
         _check_region(opened, plan)
+        if kernels and batch is not None:
+            from atomc.cli.failure import OptionError
+
+            raise OptionError("--batch is of a whole decode step, and --kernels --plan shows one region's operators.")
     if html is not None:
         from atomc.cli.picture import write_picture
 

@@ -57,9 +57,12 @@ def show_kernels(opened: Opened, region: str | None, requests: int | None, conte
 
     costs, console = costs_of(opened), stdout()
     steps = steps_of(costs, requests, context)
-    tables = [kernel_table(costs), use_table(costs, context), region_table(steps), step_table(steps)]
     console.print(f"{opened.manifest.model} for {costs.target.name}: {reckoned(costs.target)}\n")
-    for made in tables if region is None else [operator_table(costs, region, context)]:
+    if region is not None:
+        tables = [operator_table(costs, region, context)]
+    else:
+        tables = [kernel_table(costs), use_table(costs, context), region_table(steps), step_table(steps)]
+    for made in tables:
         console.print(table(made.title, made.head, made.rows, made.right))
         console.print()
 

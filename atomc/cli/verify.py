@@ -83,6 +83,7 @@ def summary(found: Verification, seconds: float, repro: Repro | None) -> dict[st
     return {
         "model": found.model, "artifact": found.folder, "ok": found.ok, "problems": found.problems,
         "tokens": found.tokens, "model_steps": found.model_steps, "judged": found.judged,
+        "skipped": found.skipped,
         "seconds": round(seconds, 3), "checkpoint": found.checkpoint or None, "weights": _finite(weights),
         "first": None if found.first is None else _finite(_row(found.first.report)),
         "steps": _finite([_row(step) for step in found.steps]),
@@ -127,6 +128,7 @@ def show(found: Verification, seconds: float, repro: Repro | None) -> None:
             "steps",
             f"{len(found.steps):,} in {len(regions)} regions, judged {found.judged:,} times: {_count(found.steps)}",
         ),
+        *([("skipped", ", ".join(found.skipped))] if found.skipped else []),
         ("weights", _weights(found)),
         *([("repro", _repro(repro))] if repro else []),
         ("took", f"{seconds:.1f} s"),

@@ -53,7 +53,8 @@ class Options:
 
 @dataclass
 class Verification:
-    """What was found. `weights` is None where no checkpoint was there to compare with."""
+    """What was found. `weights` is None where no checkpoint was there to compare with. `skipped`: operators that were
+    not judged."""
 
     model: str
     folder: Path
@@ -64,6 +65,7 @@ class Verification:
     weights: list[WeightReport] | None = None
     checkpoint: str = ""
     first: Failure | None = None
+    skipped: list[str] = field(default_factory=list)
 
     @property
     def problems(self) -> list[str]:
@@ -151,6 +153,10 @@ def _steps(found: Verification, artifact: LoadedArtifact, ids: list[int], option
         found.judged += 1
         progress(f"steps {found.tokens} tokens", found.judged, 0)
 
+    known = {step.op for region in artifact.regions.values() for step in region.steps}
+    if unknown := sorted(options.skip - known):
+        raise VerifyError(f"No step of the plan is {unknown[0]}; there are {', '.join(sorted(known))}.")
+    found.skipped = sorted(options.skip)
     watch = StepWatch(artifact, executor, options.region, options.skip, seen)
     for bound, call in zip(executor.calls, artifact.program.calls, strict=True):
         watch.prepared(call, bound.plan, bound.fixed)
@@ -219,6 +225,11 @@ class _Run:
         self.found.tokens += len(batch.ids)
         try:
             self.executor.step(batch._replace(logit_rows=spread), self.watch)
+        except torch.OutOfMemoryError as error:
+            raise VerifyError(
+                f"{self.found.folder}: no memory to judge a step: {str(error).partition('. ')[0]}. Give fewer "
+                "--tokens, or one --region."
+            ) from error
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             if self.watch.judging:
                 raise

@@ -356,7 +356,7 @@ def attend_tokens(
 
 
 def group_of(rows: str, dtype: torch.dtype, page_sizes: tuple[int, int]) -> int:
-    """The channels of a group of rows that `attend_records` can read, in pages of these bytes; 0: it cannot."""
+    """The channels of a group of rows that the kernels here can read, in pages of these bytes; 0: it cannot."""
     if not rows or dtype == torch.float32:
         return 0
     known = RowLayout.parse(rows)

@@ -39,7 +39,7 @@ def _strides(x: Tensor) -> tuple[list[int], list[bool]]:
     """Of dims 1 ..: the stride, divided by the first size where the dim comes before; and whether it does."""
     known, before = [], []
     for size, stride in zip(x.shape[1:], x.stride()[1:], strict=True):
-        first = size > 1 and stride > x.stride(0)
+        first = size > 1 and x.stride(0) > 0 and stride > x.stride(0)
         factor = 0 if size == 1 else stride // x.shape[0] if first else stride
         if first and factor * x.shape[0] != stride:
             raise ValueError(

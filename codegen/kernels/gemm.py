@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from atomc.codegen.device import Device, cdiv, power_of_two
+from atomc.codegen.device import TYPES, Device, cdiv, power_of_two
 from atomc.codegen.tuning import STATIC, tuned
 
 BAND = tl.constexpr(8)  # token tiles that take turns at a tile of the weight, so that both stay in L2
@@ -136,7 +136,8 @@ def gemm(
     k, m = tl.arange(0, BK), tl.arange(0, BM)
     inside = m0 + m < M
     row: tl.constexpr = GROUPS * K if WITHIN else K
-    x_at = x + m0.to(tl.int64) * row + group.to(tl.int64) * (K if WITHIN else M * K) + (m[:, None] * row + k[None, :])
+    behind = group.to(tl.int64) * K * (1 if WITHIN else M)
+    x_at = x + m0.to(tl.int64) * row + behind + (m[:, None] * row + k[None, :])
     w_at = w + (group * N + n0).to(tl.int64) * K + (rows_of(n0, N, BN)[:, None] * K + k[None, :])
     acc = tl.zeros((BN, BM) if FIRST else (BM, BN), tl.float32)
     for step in range(split * share, min(steps, (split + 1) * share)):
@@ -170,6 +171,7 @@ class Model:
     row: int
 
 
+# From bytes in flight and shared memory. Nothing of AMD's or of the B200's was measured.
 MODEL: Final = {
     "h100": Model((2, 1), (4, 3), 128),
     "h200": Model((2, 1), (4, 3), 128),
@@ -186,9 +188,12 @@ def splits_of(programs: int, steps: int, wanted: int, most: int) -> int:
     return cdiv(steps, cdiv(steps, parts))
 
 
-def choose(device: Device, kernel: str, n: int, k: int, itemsize: int, groups: int = 1) -> Tiles:
-    """The configuration for `groups` weights [n, k] with elements of `itemsize` bytes, and `device.tokens` tokens."""
-    problem: dict[str, int | str] = {"n": n, "k": k, "itemsize": itemsize, "groups": groups}
+def choose(device: Device, kernel: str, n: int, k: int, itemsize: int, groups: int, x: str, w: str) -> Tiles:
+    """The configuration for `groups` weights [n, k] with elements of `itemsize` bytes, and `device.tokens` tokens.
+
+    `x`, `w`: dtypes or layouts of the operands; what was measured of others says nothing of them.
+    """
+    problem: dict[str, int | str] = {"n": n, "k": k, "groups": groups, "x": x, "w": w}
     if (found := tuned(device.target, kernel, device.tokens, problem)) is not None:
         return Tiles(**found[0], origin=found[1])  # type: ignore[arg-type]
     return static(device, n, k, itemsize, groups)
@@ -232,7 +237,7 @@ def launch_with_splits(
         block = 16 * device.target.wavefront  # 16 bytes a lane
         summed = {"partial": partial, "out": out, "M": m}
         told = {"N": n, "SPLITS": tiles.splits, "BLOCK": block}
-        device.launch(sum_splits, (cdiv(m * n, block),), summed, told, 4, 1)
+        device.launch(sum_splits, (cdiv(m * n, block),), summed, told, 4, 1, tiles.origin)
 
 
 def precision_of(device: Device, dtype: torch.dtype) -> str:
@@ -246,7 +251,8 @@ def _product(
 ) -> Tensor:
     """x [groups, tokens, K], or `within` [tokens, groups, K], times weight [groups n, K] -> [groups, tokens, n]."""
     n, k = weight.shape[0] // groups, weight.shape[1]
-    tiles = choose(device, "gemm", n, k, max(x.dtype.itemsize, weight.dtype.itemsize), groups)
+    itemsize = max(x.dtype.itemsize, weight.dtype.itemsize)
+    tiles = choose(device, "gemm", n, k, itemsize, groups, TYPES[x.dtype], TYPES[weight.dtype])
     constants = {
         "N": n, "K": k, "GROUPS": groups, "WITHIN": within, "PRECISION": precision_of(device, weight.dtype)
     }  # fmt: skip

@@ -21,8 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from atomc.codegen.device import TYPES, Device, cdiv, power_of_two
-from atomc.codegen.kernels.common import e2m1_value, e8m0_byte
+from atomc.codegen.device import Device, cdiv, power_of_two
+from atomc.codegen.kernels.common import TL, e2m1_value, e8m0_byte
 from atomc.codegen.kernels.moe_product import (
     eights_product,
     fours_product,
@@ -30,7 +30,7 @@ from atomc.codegen.kernels.moe_product import (
     plain_product,
     sixteens_product,
 )  # fmt: skip
-from atomc.codegen.kernels.moe_sort import ORDERS, Sorted, empty_wide, ordered, padded, sort
+from atomc.codegen.kernels.moe_sort import ORDERS, Sorted, check_offsets, empty_wide, ordered, padded, sort
 from atomc.codegen.kernels.quantize import (
     block_scale,
     e2m1_code,
@@ -391,6 +391,7 @@ def scaled_moe_experts(
     experts, d = w2.shape[0], w2.shape[1]
     i, k = w2.shape[2] * l2.element.packed, w13.shape[2] * l13.element.packed
     t, choices = indices.shape
+    check_offsets(device, choices, k, i)
     eights = l13.element.bits == 8 and not multiplies_mx(device, l13, outer)
     if folds(device, outer, inner, (l13, l2), (k, i, d), choices, experts):
         from atomc.codegen.kernels import moe_hopper  # the layer of Triton that it needs is not every backend's
@@ -439,7 +440,7 @@ def launch_in(
     """What w2 multiplies -> a. end: what `store_inner` must know; whole: columns that `inner_rows` takes at once."""
     i, (pairs, choices) = end["INNER"], (weights.numel(), weights.shape[1])
     partial = None if config.fused else device.empty((config.split, pairs, 2 * i), torch.float32)
-    given = {"LIMIT": limit, "DTYPE": getattr(tl, {"fp32": "float32", "bf16": "bfloat16"}[TYPES[dtype]])}
+    given = {"LIMIT": limit, "DTYPE": TL[dtype]}
     made = {"codes": unsigned(a[0]), "scales": a[1]}
     args: dict[str, Any] = {
         "x": unsigned(rows.x), "x_scale": rows.scales, "w": w13.w, "w_scale": w13.w_scale, "order": rows.order,
@@ -484,9 +485,8 @@ def folds(
     k, i, d = sizes
     pairs = device.tokens * choices
     fits = k % 512 == 0 and i % 512 == 0 and d % 256 == 0 and pairs * max(k, i) < 2**31  # offsets are int32
-    known = all(str(weight) == str(MXFP4) for weight in weights)
-    acts = act.element.name == inner.element.name == "e4m3" and (act.rows, act.columns) == (inner.rows, inner.columns)
-    known = known and acts and (inner.rows, inner.columns, inner.scale) == (1, 128, "e8m0")
+    acts = all((a.element.name, a.rows, a.columns) == ("e4m3", 1, 128) for a in (act, inner)) and inner.scale == "e8m0"
+    known = acts and all(str(weight) == str(MXFP4) for weight in weights)
     return ASM and device.target.arch == "sm_90" and known and fits and pairs >= 24 * experts
 
 

@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from atomc.codegen.device import TYPES, Device, cdiv, power_of_two
+from atomc.codegen.device import Device, cdiv, power_of_two
+from atomc.codegen.kernels.common import TL
 from atomc.codegen.kernels.moe_folded import experts_folded, piece_row
 from atomc.codegen.kernels.moe_sort import Sorted, empty_wide, sort
 from atomc.formats import Layout
@@ -99,7 +100,7 @@ def products(
     rows = sort(device, codes, scales, outer, indices, w13.shape[0], TOKENS, "folded")
     a, a_scales = empty_wide(device, weights.numel(), w13.shape[1] // 2, inner, "folded")
     y = device.empty((*weights.shape, w2.shape[1]), dtype)
-    given = (limit, inner.floor, getattr(tl, {"fp32": "float32", "bf16": "bfloat16"}[TYPES[dtype]]))
+    given = (limit, inner.floor, TL[dtype])
     product(device, rows, rows.x, rows.scales, w13, w13_scales, weights, a, a_scales, *given)
     product(device, rows, a, a_scales, w2, w2_scales, weights, y, a_scales, *given)
     return y

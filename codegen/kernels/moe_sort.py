@@ -209,6 +209,17 @@ def padded(k: int) -> int:
     return cdiv(k, 128) * 128
 
 
+def check_offsets(device: Device, choices: int, k: int, i: int) -> None:
+    """Refuse a bucket in which a row of activations begins beyond what a kernel's 32-bit offsets reach.
+
+    Raises:
+        ValueError: says how many tokens there may be.
+    """
+    most = (2**31 - 1) // max(padded(k), choices * padded(i))
+    if device.tokens > most:
+        raise ValueError(f"experts of {device.tokens} tokens at once; --max-batch-tokens may be {most} for this model")
+
+
 def empty_wide(device: Device, rows: int, k: int, layout: Layout, kind: str) -> tuple[Tensor, Tensor]:
     """Memory for `wide` rows of k columns that come from that layout, for a kind of product (see `moe_product`)."""
     eight = torch.float8_e4m3fnuz if device.target.fp8 == "fnuz" else torch.float8_e4m3fn

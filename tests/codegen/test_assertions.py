@@ -32,7 +32,7 @@ TILE = torch.empty(64, 64, device="meta")
 DOT, ADD = variant(rowwise_dot, {"N": 64}, TILE, TILE, TILE), variant(add, {"BLOCK": 64}, TILE, TILE, TILE, n=64)
 FIT = KernelFacts(
     name="rowwise_dot", target="h100", signature=[], warps=4, wavefront=32, shared=1024, registers=64, spills=0,
-    scalar_spills=9, matrix={"wgmma.mma_async": 4}, loads=6, wide_loads=2, stages=3, constants={},
+    scalar_spills=9, matrix={"wgmma.mma_async": 4}, loads=6, wide_loads=2, stages=3, constants={}, dependent=True,
 )  # fmt: skip
 
 
@@ -44,6 +44,7 @@ FIT = KernelFacts(
         ({"spills": 12}, "12 bytes of registers are spilled"),
         ({"matrix": {}}, "a product without matrix instructions"),
         ({"wide_loads": 0}, "none of its 6 loads has 16 bytes"),
+        ({"dependent": False}, "it waits for no launch before it"),
     ],
 )
 def test_each_fault_of_a_product_is_told(changed: dict[str, Any], fault: str | None) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from atomc.artifact.buffers import aligned, of_bucket, slot_bytes
 from atomc.artifact.check_region import Problems, check_region
 from atomc.artifact.order import SIDE_TOKENS, STREAMS, check_streams, owners_of
-from atomc.artifact.plan import RegionPlan, Slot, Step
+from atomc.artifact.plan import LibraryCall, RegionPlan, Slot, Step
 from atomc.codegen.streams import assign
 from tests.support.launched import BOUNDS, Region
 
@@ -198,6 +198,39 @@ def test_a_wrong_stream_or_wait_is_refused(at: int, fields: dict[str, object], m
     plan = two_chains().plan(8)
     assert problems(plan) == []
     assert any(message in p for p in problems(changed(plan, at, **fields))), problems(changed(plan, at, **fields))
+
+
+def named(plan: RegionPlan, at: int, bucket: int, call: LibraryCall) -> RegionPlan:
+    """The plan with a library's call in one bucket of a step."""
+    buckets = list(plan.steps[at].buckets)
+    buckets[bucket] = msgspec.structs.replace(buckets[bucket], library=call)
+    return changed(plan, at, buckets=buckets)
+
+
+def test_a_library_runs_only_where_no_stream_is_aside() -> None:
+    plan, call = two_chains().plan(8), LibraryCall("scaled_mm", [], [])
+    assert problems(named(plan, 1, 1, call)) == []
+    assert any("in a bucket that may run on a side stream" in p for p in problems(named(plan, 1, 0, call)))
+
+
+def test_a_librarys_call_is_known_and_takes_what_is_there() -> None:
+    plan = two_chains().plan(8)
+    assert any("library call mm is not one of" in p for p in problems(named(plan, 1, 1, LibraryCall("mm", [], []))))
+    gone = LibraryCall("scaled_mm", [Slot(8)], [])
+    assert any("scaled_mm takes slots [8], which are not there" in p for p in problems(named(plan, 1, 1, gone)))
+
+
+def test_what_a_library_is_given_is_a_dependency() -> None:
+    """Step 3 reads the result of step 1 by its library alone: it must wait for it."""
+    plan = two_chains().plan(8)
+    given = named(plan, 3, 1, LibraryCall("scaled_mm", [Slot(plan.steps[1].outputs[0] or 0)], []))
+    assert any("it may begin before step 1" in p for p in problems(given))
+
+
+def test_the_last_bucket_has_the_largest_step() -> None:
+    plan = two_chains().plan(8)
+    few = changed(plan, 1, buckets=plan.steps[1].buckets[:1])
+    assert any("its buckets end at 16 tokens, and a step may have 64" in p for p in problems(few))
 
 
 def test_buffers_of_steps_that_may_run_at_once_must_not_overlap() -> None:

@@ -104,10 +104,17 @@ def near_ties(arguments: list[Any], found: Tensor, expected: Tensor) -> None:
         at = physical_rows(table, torch.full_like(numbers, int(requests[t])), numbers, page_rows(cache, rows))
         keys, query, w = gather_rows(cache, at, rows).double(), turned[t].double(), weights[t].double()
         score = (query @ keys.T).relu().T @ w
-        open_ = 2.0**-12 * float(((query.abs() @ keys.abs().T).T @ w.abs()).max())
-        limit = float(score[list(right)].min())
+        left_open = 2.0**-12 * ((query.abs() @ keys.abs().T).T @ w.abs())  # of each row
+        lowest, highest = (
+            min(right, key=lambda row: score[row]),
+            max(set(numbers.tolist()) - right, key=lambda r: score[r]),
+        )
         for row in mine - right:
-            assert float(score[row]) >= limit - open_, f"token {t}: row {row} has {score[row]}, the last one {limit}"
+            assert score[row] + left_open[row] + left_open[lowest] >= score[lowest], f"token {t}: row {row} is too low"
+        for row in right - mine:
+            assert score[row] - left_open[row] - left_open[highest] <= score[highest], (
+                f"token {t}: row {row} is missing"
+            )
 
 
 # Heads enough that no row has a product below zero with each: such rows tie at 0, and the reference takes any of them.

@@ -20,10 +20,13 @@ from pathlib import Path
 from typing import Any
 
 TARGET = "h100"
+LANES = ("interp", "build", "stored", "gpu")
 
 
 def main(lane: str, arguments: list[str]) -> int:
     """Run every case; print a line each; the number of failures."""
+    if lane not in LANES:
+        raise SystemExit(f"{lane} is no lane; there are {', '.join(LANES)}")
     if lane == "build":
         return build(Path(arguments[0]), arguments[1:])
     if lane == "interp":
@@ -39,13 +42,13 @@ def main(lane: str, arguments: list[str]) -> int:
         if case.slow and lane == "interp":
             continue
         start = time.perf_counter()
-        where.libraries, where.offered = frozenset(), set()
+        where.libraries, where.offered, where.made = frozenset(), set(), set()
         try:
             worst = max(check(case, "cpu" if lane == "interp" else "cuda", where).values(), default=0.0)
             if where.offered and lane != "interp":  # once more, with the library's kernels
                 where.libraries = frozenset(where.offered)
                 worst = max(check(case, "cuda", where).values(), default=worst)
-                print(f"ok   {family} {case.name} by {sorted(where.offered)}: {worst:.1e}", flush=True)
+                print(f"ok   {family} {case.name} by {sorted(where.made) or 'none'}: {worst:.1e}", flush=True)
             print(f"ok   {family} {case.name}: {worst:.1e} ({time.perf_counter() - start:.1f} s)", flush=True)
         except Exception:
             failures += 1
@@ -67,6 +70,8 @@ def device(lane: str, arguments: list[str]) -> tuple[Any, list[str]]:
 
 def cases(families: list[str]) -> Iterator[tuple[str, Any]]:
     """Every case of the families."""
+    if not families:
+        raise SystemExit("no kernel family is named")
     for family in families:
         for case in import_module(f"tests.kernels.{family}").CASES:
             yield family, case

@@ -77,9 +77,11 @@ def test_a_gpus_state_gets_what_weights_and_steps_leave(monkeypatch: pytest.Monk
     region = RegionPlan("r", [RegionInput(0, "weight", "w")], {}, slots, [], [], arena_bytes=0)
     program = ProgramPlan([CallPlan("r", "", {})], {}, STATES, values_bytes=300, arena_bytes=400)
     artifact = SimpleNamespace(program=program, regions={"r": region})
-    for free, left in ((10_000, 0.9 * (10_000 - 4000 - 400 - 600)), (4_000, 0)):
-        monkeypatch.setattr("torch.cuda.mem_get_info", lambda free=free: (free, 1 << 40))
-        assert device_memory(artifact) == int(left)  # type: ignore[arg-type]
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (10_000, 1 << 40))
+    assert device_memory(artifact) == int(0.9 * (10_000 - 4000 - 400 - 600))  # type: ignore[arg-type]
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (5_000, 1 << 40))
+    with pytest.raises(ServingError, match=r"4\.9 KiB of free memory; weights take 3\.9 KiB, a step 1000 B"):
+        device_memory(artifact)  # type: ignore[arg-type]
 
 
 def test_free_memory_is_some() -> None:

@@ -186,6 +186,15 @@ def test_a_batch_arrives_as_it_is(executor: Executor) -> None:
     assert all(torch.equal(fields[name], getattr(batch, name)) for name in Batch._fields)
 
 
+def test_a_gpu_without_memory_is_the_users_error(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: object) -> None:
+        raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB. GPU 0 has none.")
+
+    monkeypatch.setattr(Executor, "_bind", none)
+    with pytest.raises(ServingError, match=r"does not hold the model with these caches: Tried to allocate 2\.00 GiB\."):
+        opened(artifact)
+
+
 def test_a_decode_step_leaves_nothing_to_the_next(executor: Executor) -> None:
     """Fewer windows may end than there are requests, even where a batch fills its bucket."""
     paged, staging = Paged(executor, 2), Staging(executor.serving, executor.bounds, torch.device("cpu"))

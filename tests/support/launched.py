@@ -78,7 +78,12 @@ def launched(region: RegionPlan, bounds: dict[str, int]) -> RegionPlan:
 def on_kernels(steps: Sequence[Step], owner: Sequence[int]) -> list[Step]:
     """Steps with a launch each; views stay as they are."""
     made = [msgspec.structs.replace(step, release=[]) for step in steps]
-    return [msgspec.structs.replace(step, buckets=BUCKETS[:1]) if is_work(step, owner) else step for step in made]
+    return [
+        msgspec.structs.replace(step, buckets=[msgspec.structs.replace(BUCKETS[0], tokens=1 << 20)])
+        if is_work(step, owner)
+        else step
+        for step in made
+    ]
 
 
 def _role(info: SlotInfo, kept: bool) -> Role:
