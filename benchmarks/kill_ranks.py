@@ -28,7 +28,8 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -370,14 +371,14 @@ def _judge_answer(point: Point, index: int, answer: Answer, right: str, began: f
         point.problems.append(f"request {index}: status {answer.status}")
 
 
-def draw(nproc: int, starts: dict[int, float]) -> Point:
-    """A random point; `starts`: seconds to the start of a server, by number of ranks."""
+def draw(nproc: int) -> Point:
+    """A random point; seconds since the start are a share of what a server takes to start, until `try_points`."""
     kind = random.random()
     targets = [FRONT] if kind < 0.15 else random.sample(range(nproc), 2 if kind > 0.85 else 1)
     after = random.choices(("seconds", "events", "drain"), (50, 40, 10))[0]
     at: float = random.randrange(1, EVENTS + 1)
     if after == "seconds":
-        at = random.uniform(0, 1.2 * starts.get(nproc, 4.0))
+        at = random.uniform(0, 1.2)
     elif after == "drain":
         at = random.uniform(0, 0.5)
     return Point(nproc, targets, random.choice(("SIGKILL", "SIGSTOP")), after, round(at, 3))
@@ -409,29 +410,46 @@ def main() -> int:
     parser.add_argument("artifact", type=Path)
     parser.add_argument("--points", type=int, default=200)
     parser.add_argument("--nproc", type=int, nargs="+", default=[2, 3, 4])
+    parser.add_argument("--jobs", type=int, default=1, help="servers at a time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the points and the summary here")
     options = parser.parse_args()
     random.seed(options.seed)
     right = references(options.artifact)
-    points: list[Point] = []
-    starts: dict[int, float] = {}
-    for number in range(options.points):
-        point = draw(random.choice(options.nproc), starts)
-        points.append(point)
-        if seconds := try_point(options.artifact, right, point):
-            starts[point.nproc] = seconds
+    points = [draw(random.choice(options.nproc)) for _ in range(options.points)]
+    done: list[Point] = []
+    for point in try_points(options.artifact, right, points, options.jobs):
+        done.append(point)
         who = "front end" if FRONT in point.targets else f"rank {point.targets} of {point.nproc}"
         print(
-            f"{number:3} {point.signal} {who} after {point.at} {point.after}: clients {point.client_seconds:.2f} s, "
+            f"{len(done):3} {point.signal} {who} after {point.at} {point.after}: clients {point.client_seconds:.2f} s, "
             f"all ended {point.end_seconds:.2f} s, {point.answered} whole, {point.stage or 'not told'}; "
             f"{'; '.join(point.problems) or point.error}",
             flush=True,
         )
         if options.json:
-            _write(options.json, points)
-    print(json.dumps(found := summary(points), indent=2))
+            _write(options.json, done)
+    print(json.dumps(found := summary(done), indent=2))
     return 1 if found["with_a_problem"] else 0
+
+
+def try_points(artifact: Path, right: Sequence[str], points: Sequence[Point], jobs: int) -> Iterator[Point]:
+    """Each as it is done, `jobs` of them at a time."""
+    starts: dict[int, float] = {}
+
+    def work(point: Point) -> Point:
+        if point.after == "seconds":
+            point.at = round(point.at * starts.get(point.nproc, 4.0), 3)
+        try:
+            if seconds := try_point(artifact, right, point):
+                starts[point.nproc] = seconds
+        except Exception as error:  # noqa: BLE001  a point of its own, and no end of all
+            point.problems.append(f"{type(error).__name__}: {error}")
+        return point
+
+    with ThreadPoolExecutor(jobs) as pool:
+        for done in as_completed([pool.submit(work, point) for point in points]):
+            yield done.result()
 
 
 def _write(path: Path, points: Sequence[Point]) -> None:

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Final
 
 _LOOK_SECONDS: Final = 0.05
@@ -25,13 +26,17 @@ def how_it_ended(code: int) -> str:
 
 
 def environment_of(rank: int, size: int, host: str, port: int, base: Mapping[str, str]) -> dict[str, str]:
-    """What torchrun would give a rank; the cores are shared out unless the user has said otherwise."""
+    """What torchrun would give a rank; the cores are shared out unless the user has said otherwise.
+
+    Ranks of one machine need no other interface than its own: gloo would listen on what its name resolves to.
+    """
+    alone = {"GLOO_SOCKET_IFNAME": "lo"} if host == "127.0.0.1" and Path("/sys/class/net/lo").exists() else {}
     threads = base.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // size)))
     own = {
         "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": host,
         "MASTER_PORT": port, "OMP_NUM_THREADS": threads,
     }  # fmt: skip
-    return {**base, **{name: str(value) for name, value in own.items()}}
+    return {**base, **alone, **{name: str(value) for name, value in own.items()}}
 
 
 def _is_stopped(pid: int) -> bool:
