@@ -7,7 +7,8 @@ Contract:
     Only the keeper, a thread of its own, waits for the store. Everything is judged by the clock here and by what the
     keeper last brought, so a store that does not answer is a fault like any other, and never a wait.
     A member whose main thread does not come back within `grace_ms` of a fault is ended here: a blocked collective
-    cannot be interrupted from outside.
+    cannot be interrupted from outside. One in which no thread of Python comes to run at all, because a call that waits
+    for a collective holds the interpreter, is ended by `faulthandler`, which needs none.
 
 Terms:
     silence    counted in this watchdog's own looks, so that a machine that sleeps accuses nobody when it wakes
@@ -15,6 +16,7 @@ Terms:
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import sys
 import threading
@@ -99,6 +101,8 @@ class Watchdog:
         self._wake.set()
         self._keeper.join(1.0)  # without its store it cannot say so, and need not: who would read it is gone too
         self._thread.join(1.0)
+        if self._end_process:
+            faulthandler.cancel_dump_traceback_later()
 
     def announce(self, step: int, stage: int, at: int = 0) -> None:
         """Say where this member is; costs a microsecond. A place within a stage is told with the next beat."""
@@ -158,6 +162,8 @@ class Watchdog:
             while not self._faulted.is_set():
                 self._wake.clear()
                 last, beat, count = self._stopped.is_set(), self._beat, count + 1
+                if self._end_process and not last:
+                    faulthandler.dump_traceback_later((self.bounds.silent_ms + self.bounds.grace_ms) / 1000, exit=True)
                 self._store.set(key_of(self.member), text_of(Beat(count, *beat.progress)))
                 if last:
                     return

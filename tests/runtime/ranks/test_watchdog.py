@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -287,3 +289,33 @@ def test_what_an_error_says() -> None:
     assert fault.error(4).step == 57
     seen = Fault(fault.members, fault.beat, fault.why, 2).error(4).message
     assert seen.endswith("no memory (seen by rank 2).")
+
+
+HOLDS_THE_INTERPRETER = """
+import ctypes, time
+from torch.distributed import HashStore
+from atomc.runtime.ranks.beats import Bounds
+from atomc.runtime.ranks.watchdog import Watchdog
+store = HashStore()
+Watchdog(0, 1, store, store, Bounds(silent_ms=1000, grace_ms=500)).start()
+time.sleep(0.5)
+print("now", flush=True)
+ctypes.PyDLL(None).sleep(60)
+"""
+
+
+def test_a_process_that_never_leaves_a_call_ends() -> None:
+    """As a launch does that waits for room behind a collective: no thread of Python runs any more."""
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDS_THE_INTERPRETER], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "now\n"
+        began = time.monotonic()
+        try:
+            assert process.wait(10) == 1
+        finally:
+            process.kill()
+        assert time.monotonic() - began < 6
+        assert process.stderr is not None
+        assert "Timeout (0:00:01.5" in process.stderr.read()
