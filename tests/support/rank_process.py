@@ -30,6 +30,7 @@ COLLECTIVES: Final = 4  # of a step
 class Act(msgspec.Struct, frozen=True):
     """What `ranks` do to themselves in their `step`-th step, and where: before collective `at`, or within it.
 
+    Step 0 is while they load; "differ" is to have something else than the others when they meet.
     Within it means that it has begun and cannot end: the other ranks come half a second later. `told`: a file that
     each of them writes its number of the step to.
     """
@@ -37,7 +38,7 @@ class Act(msgspec.Struct, frozen=True):
     tokenizer: str
     told: str = ""
     ranks: tuple[int, ...] = ()
-    what: Literal["nothing", "sleep", "raise", "SIGSTOP", "SIGKILL"] = "nothing"
+    what: Literal["nothing", "differ", "sleep", "raise", "SIGSTOP", "SIGKILL"] = "nothing"
     within: bool = False
     step: int = 5
     at: int = 3
@@ -93,17 +94,18 @@ class CollectiveFake(FakeExecutor):
         act, chosen = self.act, self.ranks.rank in self.act.ranks
         now = self.runs == act.step and at == act.at and act.what != "nothing"
         if now and chosen and not act.within:
-            self._act()
+            self.act_now()
         if now and not chosen and act.within:
             time.sleep(0.5)
         self.ranks.announce(at)
         if now and chosen and act.within:
             if act.what == "sleep":
-                self._act()
+                self.act_now()
             else:
-                threading.Timer(0.2, self._act).start()
+                threading.Timer(0.2, self.act_now).start()
 
-    def _act(self) -> None:
+    def act_now(self) -> None:
+        """What this rank was started to do."""
         Path(f"{self.act.told}.{self.ranks.rank}").write_text(str(self.ranks.watchdog._beat.step))
         if self.act.what == "raise":
             raise ValueError("a defect of this rank")
@@ -116,17 +118,23 @@ class FakeSource:
     """Where `run_rank` has its executor from."""
 
     def __init__(self, act: Act) -> None:
-        self.act = act
+        self.act, self.rank = act, int(os.environ["RANK"])
 
     def same(self) -> str:
-        return "a fake"
+        differs = self.act.what == "differ" and self.rank in self.act.ranks
+        if differs:
+            time.sleep(1)  # the first one to come is what all others are held against
+        return "another fake" if differs else "a fake"
 
     def device(self, _place: Place) -> None:
         return None
 
     def load(self, ranks: Ranks) -> tuple[CollectiveFake, str]:
         assert ranks.least(10 + ranks.rank) == 10
-        return CollectiveFake(ranks, self.act), "fake"
+        executor = CollectiveFake(ranks, self.act)
+        if self.act.step == 0 and ranks.rank in self.act.ranks:
+            executor.act_now()
+        return executor, "fake"
 
 
 def main() -> None:

@@ -183,3 +183,22 @@ def test_ranks_that_all_stand_at_one_collective(fakes: Callable[..., Fakes], tmp
     }
     with within(6):
         run.end()
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("differ", r"while joining: it has another fake, the others have a fake"),
+        ("raise", r"while loading: ValueError: a defect of this rank"),
+        ("SIGSTOP", r"while loading: no sign of life for 2,000 ms \(seen by the front end\)"),
+    ],
+)
+def test_a_rank_that_is_lost_before_it_serves(fakes: Callable[..., Fakes], what: str, said: str) -> None:
+    run = fakes("dp=2", ranks=(1,), what=what, step=0)
+    with pytest.raises(RankError, match=rf"Rank 1 of 2 was lost {said}\."):
+        run.front.gather(run.lines)
+    if what == "SIGSTOP":  # whoever started it ends it
+        run.ranks[1].kill()
+    with within(6):
+        run.end()
+    assert all(process.returncode for process in run.ranks)
