@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import queue
 import random
@@ -77,7 +78,8 @@ class Point:
 
     Attributes:
         targets: ranks, or FRONT. after: "seconds" since the start, "events" of streams, or "drain": seconds after a
-            SIGTERM that follows some events. at: that number. stage: where the error says the rank was.
+            SIGTERM that follows some events. at: that number. parallel: the layout; none: the whole model on each rank.
+        stage: where the error says the rank was.
     """
 
     nproc: int
@@ -85,6 +87,7 @@ class Point:
     signal: str
     after: str
     at: float
+    parallel: str = ""
     stage: str = ""
     error: str = ""
     client_seconds: float = 0.0
@@ -266,7 +269,8 @@ def references(artifact: Path) -> list[str]:
 
 def try_point(artifact: Path, right: Sequence[str], point: Point) -> float:
     """Fills the point in; returns the seconds that the server took to start, 0 if it did not."""
-    run, clients = Run(artifact, point.nproc, "--silent-ms", str(SILENT_MS)), Clients()
+    layout = ["--parallel", point.parallel] if point.parallel else []
+    run, clients = Run(artifact, point.nproc, "--silent-ms", str(SILENT_MS), *layout), Clients()
     try:
         began = _signal_it(point, run, clients)
         _await_end(point, run, clients, began)
@@ -371,7 +375,7 @@ def _judge_answer(point: Point, index: int, answer: Answer, right: str, began: f
         point.problems.append(f"request {index}: status {answer.status}")
 
 
-def draw(nproc: int) -> Point:
+def draw(nproc: int, parallel: str = "") -> Point:
     """A random point; seconds since the start are a share of what a server takes to start, until `try_points`."""
     kind = random.random()
     targets = [FRONT] if kind < 0.15 else random.sample(range(nproc), 2 if kind > 0.85 else 1)
@@ -381,7 +385,7 @@ def draw(nproc: int) -> Point:
         at = random.uniform(0, 1.2)
     elif after == "drain":
         at = random.uniform(0, 0.5)
-    return Point(nproc, targets, random.choice(("SIGKILL", "SIGSTOP")), after, round(at, 3))
+    return Point(nproc, targets, random.choice(("SIGKILL", "SIGSTOP")), after, round(at, 3), parallel)
 
 
 def summary(points: Sequence[Point]) -> dict[str, Any]:
@@ -410,17 +414,18 @@ def main() -> int:
     parser.add_argument("artifact", type=Path)
     parser.add_argument("--points", type=int, default=200)
     parser.add_argument("--nproc", type=int, nargs="+", default=[2, 3, 4])
+    parser.add_argument("--parallel", nargs="+", default=[], help="layouts to run in place of whole models")
     parser.add_argument("--jobs", type=int, default=1, help="servers at a time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the points and the summary here")
     options = parser.parse_args()
     random.seed(options.seed)
     right = references(options.artifact)
-    points = [draw(random.choice(options.nproc)) for _ in range(options.points)]
+    points = [_draw_one(options.nproc, options.parallel) for _ in range(options.points)]
     done: list[Point] = []
     for point in try_points(options.artifact, right, points, options.jobs):
         done.append(point)
-        who = "front end" if FRONT in point.targets else f"rank {point.targets} of {point.nproc}"
+        who = "front end" if FRONT in point.targets else f"rank {point.targets} of {point.parallel or point.nproc}"
         print(
             f"{len(done):3} {point.signal} {who} after {point.at} {point.after}: clients {point.client_seconds:.2f} s, "
             f"all ended {point.end_seconds:.2f} s, {point.answered} whole, {point.stage or 'not told'}; "
@@ -431,6 +436,13 @@ def main() -> int:
             _write(options.json, done)
     print(json.dumps(found := summary(done), indent=2))
     return 1 if found["with_a_problem"] else 0
+
+
+def _draw_one(nproc: Sequence[int], layouts: Sequence[str]) -> Point:
+    if not layouts:
+        return draw(random.choice(nproc))
+    layout = random.choice(layouts)
+    return draw(math.prod(int(size) for size in re.findall(r"(?:dp|tp)=(\d+)", layout)), layout)
 
 
 def try_points(artifact: Path, right: Sequence[str], points: Sequence[Point], jobs: int) -> Iterator[Point]:

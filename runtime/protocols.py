@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch.distributed import ProcessGroup
@@ -87,8 +87,8 @@ class Peers(Protocol):
     @property
     def tp(self) -> int: ...
 
-    def group(self, axis: Literal["dp", "tp"]) -> ProcessGroup:
-        """The ranks that differ from this one on that axis alone, in order: gloo for the CPU, and NCCL on GPUs.
+    def group(self, axis: str) -> ProcessGroup:
+        """The ranks that differ from this one on an axis, dp or tp, alone, in order: gloo on the CPU, NCCL on GPUs.
 
         Functional collectives take its `group_name`.
         """

@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import torch
 import torch.distributed as dist
@@ -256,7 +256,7 @@ class Ranks:
 
     # -- for an executor: see `Peers` ----------------------------------------------------------------------------------
 
-    def group(self, axis: Literal["dp", "tp"]) -> ProcessGroup:
+    def group(self, axis: str) -> ProcessGroup:
         """Raises `KeyError` when the ranks have joined without collectives."""
         return self._groups[axis]
 
