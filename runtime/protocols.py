@@ -118,8 +118,8 @@ class ShardedExecutor(Executor, Protocol):
     def begin(self, tokens: Sequence[int], bucket: int, prefill: bool) -> None:
         """What the next `step` is, on all ranks: called with equal arguments on each of them, before each step.
 
-        `tokens` of each data-parallel rank, 0 where it has none of its own and runs `idle_batch`; `bucket`, the most of
-        them, is what steps without `prefill` are padded to: in those every rank has one token of each of its requests,
-        and wants the logits of all.
+        `tokens` of each rank, the same within a tp group, 0 where it has none of its own and runs `idle_batch`;
+        `bucket`, the most of them, is what steps without `prefill` are padded to: in those every rank has one token of
+        each of its requests, and wants the logits of all.
         """
         ...

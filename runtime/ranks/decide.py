@@ -45,7 +45,7 @@ class Decision:
     """What a step is, the same on every rank.
 
     Attributes:
-        stop: the ranks end before this step. tokens: of each data-parallel rank in this step.
+        stop: the ranks end before this step. tokens: of each rank in this step, those of a tp group the same.
         bucket: what uniform steps are padded to, the most of them.
         prefill: on some rank it is more than one token of each request and its logits, so that sizes are each rank's
             own and no graph is replayed.
@@ -65,7 +65,7 @@ class Decision:
 def decide(reports: Sequence[Report], tp: int = 1) -> Decision:
     """The decision for reports of one step, in the order of ranks; each `tp` of them run the batch of the first."""
     firsts = reports[::tp]
-    tokens = tuple(report.tokens for report in firsts)
+    tokens = tuple(report.tokens for report in firsts for _ in range(tp))
     return Decision(
         stop=all(report.stop for report in reports),
         prefill=any(not report.tokens == report.requests == report.logit_rows for report in firsts),

@@ -66,12 +66,12 @@ class CollectiveFake(FakeExecutor):
         self.runs += 1
         padding = not batch.window_table.any()
         own = torch.tensor([0 if padding else len(batch.ids)])
-        mine = self.tokens[self.ranks.rank // self.ranks.tp]
+        mine = self.tokens[self.ranks.rank]
         assert int(own) == mine, f"it runs {int(own)} tokens and was told {mine}"
         self._reach(1)
         total = own.clone()
         dist.all_reduce(total)
-        assert int(total) == sum(self.tokens) * self.ranks.tp
+        assert int(total) == sum(self.tokens)
         self._reach(2)
         members = [torch.zeros(1, dtype=torch.int64) for _ in range(self.ranks.size)]
         dist.all_gather(members, torch.tensor([self.ranks.rank]))
@@ -84,7 +84,7 @@ class CollectiveFake(FakeExecutor):
         self._reach(4)
         total = own.clone()
         dist.all_reduce(total, group=self.ranks.group("dp"))
-        assert int(total) == sum(self.tokens)
+        assert int(total) == sum(self.tokens[:: self.ranks.tp])
         if padding:  # the strict fake would look for its pages
             return torch.zeros((1, self.serving.vocab_size))
         return super().step(batch)

@@ -41,7 +41,7 @@ def test_a_report_of_a_batch() -> None:
 
 def test_the_first_of_a_tp_group_speaks_for_it() -> None:
     decision = decide([DECODE, IDLE, IDLE, IDLE], tp=2)
-    assert (decision.tokens, decision.prefill) == ((4, 0), False)
+    assert (decision.tokens, decision.prefill) == ((4, 4, 0, 0), False)
 
 
 def test_ranks_stop_only_together() -> None:
