@@ -79,7 +79,7 @@ class Point:
     Attributes:
         targets: ranks, or FRONT. after: "seconds" since the start, "events" of streams, or "drain": seconds after a
             SIGTERM that follows some events. at: that number. parallel: the layout; none: the whole model on each rank.
-        stage: where the error says the rank was.
+        stage: where the error says the rank was. mended: problems of earlier tries, see --retry.
     """
 
     nproc: int
@@ -94,6 +94,7 @@ class Point:
     end_seconds: float = 0.0
     answered: int = 0
     problems: list[str] = field(default_factory=list)
+    mended: list[str] = field(default_factory=list)
 
 
 class Run:
@@ -415,12 +416,17 @@ def main() -> int:
     parser.add_argument("--points", type=int, default=200)
     parser.add_argument("--nproc", type=int, nargs="+", default=[2, 3, 4])
     parser.add_argument("--parallel", nargs="+", default=[], help="layouts to run in place of whole models")
+    parser.add_argument(
+        "--retry", type=int, default=0, help="try points of --json that had a problem so often again, after a mend"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="servers at a time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the points and the summary here")
     options = parser.parse_args()
     random.seed(options.seed)
     right = references(options.artifact)
+    if options.retry:
+        return _retry(options.artifact, right, options.json, options.retry)
     points = [_draw_one(options.nproc, options.parallel) for _ in range(options.points)]
     done: list[Point] = []
     for point in try_points(options.artifact, right, points, options.jobs):
@@ -436,6 +442,26 @@ def main() -> int:
             _write(options.json, done)
     print(json.dumps(found := summary(done), indent=2))
     return 1 if found["with_a_problem"] else 0
+
+
+def _retry(artifact: Path, right: Sequence[str], path: Path, times: int) -> int:
+    """Each point with a problem, at the same moment; the last try stands, or the first one with a problem again."""
+    result = json.loads(path.read_text())
+    points = [Point(**each) for each in result["points"]]
+    for number, point in enumerate(points):
+        if not point.problems:
+            continue
+        for _ in range(times):
+            again = Point(point.nproc, point.targets, point.signal, point.after, point.at, point.parallel)
+            again.mended = point.mended + point.problems
+            try_point(artifact, right, again)
+            print(again, flush=True)
+            points[number] = again
+            if again.problems:
+                break
+    result["points"], result["summary"] = [asdict(point) for point in points], summary(points)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    return 1 if result["summary"]["with_a_problem"] else 0
 
 
 def _draw_one(nproc: Sequence[int], layouts: Sequence[str]) -> Point:

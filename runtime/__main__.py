@@ -12,8 +12,8 @@ from typing import Final, NoReturn
 from atomc.errors import AtomcError
 from atomc.runtime.options import Given
 
-# How long a process outlives the one that started it: a front end has to tell its clients why.
-_OUTLIVES_SECONDS: Final = {"rank": 5.0, "front": 15.0}
+# How long a process outlives the one that started it: a rank to see why by its watchdog, a front end to tell clients.
+_OUTLIVES_SECONDS: Final = {"rank": 2.0, "front": 15.0}
 
 
 def main(arguments: list[str]) -> NoReturn:
@@ -22,7 +22,7 @@ def main(arguments: list[str]) -> NoReturn:
     if given.role in _OUTLIVES_SECONDS:
         from atomc.runtime.ranks.processes import end_with_parent
 
-        end_with_parent(_OUTLIVES_SECONDS[given.role])
+        end_with_parent(_OUTLIVES_SECONDS[given.role], given.run.silent_ms if given.role == "rank" else None)
     code = 0
     try:
         if given.role == "front":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -47,14 +48,17 @@ def _is_stopped(pid: int) -> bool:
         return False
 
 
-def end_with_parent(seconds: float) -> None:
+def end_with_parent(seconds: float, silent_ms: int | None = None) -> None:
     """End this process `seconds` after its standard input does: whoever started it holds the other end, and is gone.
 
-    Only the last way out: the watchdog sees the same sooner, once it runs, and can say who was lost.
+    `silent_ms`: who started it writes there all the time, and is lost as well when it stops for that long, and then
+    `seconds` more. Only the last way out: the watchdog sees the same sooner, once it runs, and can say who was lost.
+    But it cannot before torch is imported.
     """
 
     def wait() -> None:
-        while os.read(0, 1024):
+        patience = None if silent_ms is None else silent_ms / 1000
+        while select.select([0], [], [], patience)[0] and os.read(0, 1024):
             pass
         time.sleep(seconds)
         os._exit(1)
@@ -80,9 +84,12 @@ class Processes:
         """A process that is stopped for `silent_ms` is lost as well: it may be before the watchdog knows it."""
         for environment in self._environments:
             # In sessions of their own: Ctrl-C reaches the front end alone, which then ends them in good order.
-            self.all.append(
-                subprocess.Popen(self._command, env=environment, stdin=subprocess.PIPE, start_new_session=True)
+            process = subprocess.Popen(
+                self._command, env=environment, stdin=subprocess.PIPE, start_new_session=True, bufsize=0
             )
+            assert process.stdin is not None
+            os.set_blocking(process.stdin.fileno(), False)
+            self.all.append(process)
         threading.Thread(target=self._watch, args=(lost, silent_ms), name="atomc-processes", daemon=True).start()
 
     def _watch(self, lost: Callable[[int, str], None], silent_ms: int) -> None:
@@ -91,6 +98,9 @@ class Processes:
             now = time.monotonic()
             passed, last = min(now - last, 5 * _LOOK_SECONDS), now
             for rank, process in enumerate(self.all):
+                if process.stdin is not None:
+                    with suppress(OSError):  # see `end_with_parent`
+                        process.stdin.write(b".")
                 if process.poll():
                     lost(rank, how_it_ended(process.returncode))
                     return

@@ -87,6 +87,7 @@ def test_every_answer_is_that_of_one_rank(artifact: Path, run: Run) -> None:
         Point(3, [0, 2], "SIGKILL", "events", 37),
         Point(2, [1], "SIGSTOP", "seconds", 0.1),
         Point(2, [FRONT], "SIGSTOP", "events", 20),
+        Point(2, [FRONT], "SIGSTOP", "seconds", 0.0),
         Point(2, [0], "SIGKILL", "drain", 0.1),
     ],
     ids=str,
