@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where it is not 
 import torch
 import torch.distributed._functional_collectives
 
+from atomc.parallel.layout import Layout
 from atomc.runtime.errors import RankError
 from atomc.runtime.ranks.beats import FRONT, RUN, Bounds
 from atomc.runtime.ranks.decide import Report
@@ -48,17 +49,16 @@ def rank_main(how: str, within: bool) -> None:
     place = Place.of(os.environ)
     torch.cuda.set_device(place.local_rank)
     device = torch.device("cuda", place.local_rank)
-    ranks = Ranks(place, Stores.open(place.host, place.port, place.attempt, BOUNDS), BOUNDS)
+    stores = Stores.open(place.host, place.port, place.attempt, BOUNDS)
+    ranks = Ranks(place, stores, BOUNDS, layout=Layout(dp=RANKS))
     ranks.begin()
     threading.Thread(target=_say_fault, args=(ranks,), daemon=True).start()
     began = time.monotonic()
-    ranks.join(same="a test", device=device, collectives=True)
-    print(
-        f"  rank {place.rank}: joined in {time.monotonic() - began:.1f} s, dp over {ranks.group('dp').name()}",
-        flush=True,
-    )
+    ranks.join(same="a test", device=device)
+    group = ranks.groups.group("dp")
+    print(f"  rank {place.rank}: joined in {time.monotonic() - began:.1f} s, dp over {group.name()}", flush=True)
     mine = torch.full((ROWS,), float(place.rank), device=device)
-    others, name = mine, ranks.group("dp").group_name
+    others, name = mine, group.group_name
     all_gather = torch.ops._c10d_functional.all_gather_into_tensor
     wait_tensor = torch.ops._c10d_functional.wait_tensor
     expected = torch.arange(RANKS, device=device, dtype=torch.float32).repeat_interleave(ROWS)
@@ -74,7 +74,7 @@ def rank_main(how: str, within: bool) -> None:
             for at in range(1, COLLECTIVES + 1):
                 if (step, at) == (LOST_STEP, 2):
                     _lose(place.rank, how, within)
-                ranks.announce(at)
+                ranks.groups.announce(at)
                 others = wait_tensor(all_gather(mine, RANKS, name))
                 torch.cuda.synchronize()
             assert torch.equal(others, expected), "the all-gather is wrong"

@@ -56,7 +56,7 @@ def _rank(given: Given, arguments: list[str]) -> None:
     place = Place.of(os.environ)
     front = _start_front(arguments) if given.role == "all" and place.rank == 0 else None
     try:
-        source = ArtifactSource(given.artifact, given.run)
+        source = ArtifactSource(given.artifact, given.run, place.size)
         run_rank(source, place, given.run, os.environ.get(KEY), _aliveness_of(front))
     finally:
         if front is not None:

@@ -19,8 +19,9 @@ from atomc.artifact.manifest import Serving
 from atomc.artifact.plan import ProgramPlan
 from atomc.runtime.errors import ServingError
 from atomc.runtime.executor import Executor, PoolSizes
-from atomc.runtime.loader import LoadedArtifact, load
+from atomc.runtime.loader import LoadedArtifact, load, load_rank
 from atomc.runtime.protocols import Peers
+from atomc.runtime.rank_executor import RankExecutor
 
 # Of the memory that is free: weights are mapped and shared, the rest of the machine lives too.
 DEFAULT_SHARE = 0.5
@@ -150,27 +151,26 @@ def open_executor(
     num_blocks: int | None = None,
     num_window_pages: int | None = None,
     progress: Callable[[str], None] = lambda _: None,
-    parallel: str | None = None,
     peers: Peers | None = None,
 ) -> tuple[Executor, Capacity]:
     """Load and verify an artifact and give it pools as `choose` sizes them; `progress` is told each file.
 
-    `parallel` selects the layout of the artifact that is run with `peers`, whose pools are sized by the least memory of
-    any of them; None: the whole model, on this rank alone.
+    `peers`: the ranks of the run. Where they share the model by a layout it is that which is loaded, and the least
+    memory of any of them sizes the pools of all: ranks that run the same requests need the same.
 
     Raises:
         ArtifactError: the artifact is damaged, has no weights, or is for another target.
-        ServingError: see `choose`; the artifact does not hold this layout.
+        NoLayoutError, CollectivesError: it has not this layout, or its ranks would not agree.
+        ServingError: see `choose`.
     """
-    if parallel is not None:
-        raise ServingError(f"{path} holds the model for one rank, not for --parallel {parallel}. Compile it with that.")
-    artifact = load(path, progress)
-    if memory_bytes is None and artifact.manifest.arch:
-        memory_bytes = device_memory(artifact)
-    if memory_bytes is not None and peers is not None:
-        memory_bytes = peers.least(memory_bytes)
-    capacity = choose(
-        artifact.manifest.serving, artifact.program, max_requests=max_requests, memory_bytes=memory_bytes,
-        num_blocks=num_blocks, num_window_pages=num_window_pages,
-    )  # fmt: skip
-    return Executor(artifact, capacity.pools), capacity
+    wanted = {"max_requests": max_requests, "num_blocks": num_blocks, "num_window_pages": num_window_pages}
+    if peers is None or peers.layout is None:
+        artifact = load(path, progress)
+        if memory_bytes is None and artifact.manifest.arch:
+            memory_bytes = device_memory(artifact)
+        capacity = choose(artifact.manifest.serving, artifact.program, memory_bytes=memory_bytes, **wanted)
+        return Executor(artifact, capacity.pools), capacity
+    part = load_rank(path, str(peers.layout), peers.groups.rank, progress)
+    least = peers.least(int(free_memory() * DEFAULT_SHARE) if memory_bytes is None else memory_bytes)
+    capacity = choose(part.manifest.serving, part.program, memory_bytes=least, **wanted)
+    return RankExecutor(part, capacity.pools, peers.groups), capacity

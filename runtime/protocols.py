@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
-from torch.distributed import ProcessGroup
 
 from atomc.ops.batch import Batch
+from atomc.parallel.layout import Layout
+from atomc.runtime.collectives import Groups
 
 
 class Serving(Protocol):
@@ -81,25 +82,13 @@ class Peers(Protocol):
     """
 
     @property
-    def rank(self) -> int: ...
-    @property
-    def dp(self) -> int: ...
-    @property
-    def tp(self) -> int: ...
-
-    def group(self, axis: str) -> ProcessGroup:
-        """The ranks that differ from this one on an axis, dp or tp, alone, in order: gloo on the CPU, NCCL on GPUs.
-
-        Functional collectives take its `group_name`.
-        """
+    def layout(self) -> Layout | None:
+        """By which the ranks share one model; None: each has the whole of it."""
         ...
 
-    def announce(self, at: int) -> None:
-        """Say that collective `at` of the step is next: called before each, `at` rising from 1 in every step.
-
-        Costs a microsecond. It is how the watchdog knows which rank the others wait for; a graph that is replayed is
-        one such point, and so is each collective of a rehearsal while loading.
-        """
+    @property
+    def groups(self) -> Groups:
+        """Of the layout's mesh, gloo on the CPU and NCCL on GPUs. They announce collectives to the watchdog."""
         ...
 
     def least(self, value: int) -> int:

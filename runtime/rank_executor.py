@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from atomc.artifact.plan import AGREED, INDEX
-from atomc.artifact.ranks import Kind
+from atomc.artifact.ranks import KINDS, Kind
 from atomc.ops import Batch
 from atomc.runtime.collectives import Groups
 from atomc.runtime.errors import BatchError, ServingError
@@ -52,11 +52,12 @@ class RankExecutor(Executor):
                 f"{artifact.rank} of {artifact.plan.layout}."
             )
         self._agreed: Agreement | None = None
+        self._groups = groups
         with memory_told():
-            self._bind_rank(artifact, pools, groups)
+            self._bind_rank(artifact, pools)
             self.rehearse()
 
-    def _bind_rank(self, artifact: LoadedRank, pools: PoolSizes, groups: Groups) -> None:
+    def _bind_rank(self, artifact: LoadedRank, pools: PoolSizes) -> None:
         """Put weights and state in place, for every form."""
         self.folder, self.serving = artifact.folder, artifact.manifest.serving
         self.tokenizer_path = artifact.folder / "tokenizer.json"
@@ -65,9 +66,9 @@ class RankExecutor(Executor):
         self.bounds = artifact.plan.symbols
         self.gpu = self.staging = self.graphs = None
         self.device = torch.device("cpu")
-        self.index = {INDEX[axis]: at for axis, at in groups.index.items()}
+        self.index = {INDEX[axis]: at for axis, at in self._groups.index.items()}
         self.states = allocate(artifact.program.states, pools)
-        shared = Between(groups.functions())
+        shared = Between(self._groups.functions())
         self.forms = {
             name: [
                 BoundCall(c, artifact.regions[c.region], artifact.weights, self.states, between=shared)
@@ -105,6 +106,7 @@ class RankExecutor(Executor):
         along = self.plan.mesh.size("tp")
         if any(len(set(tokens[at : at + along])) > 1 for at in range(0, ranks, along)):
             raise BatchError(f"a step of {list(tokens)} tokens; {along} ranks each share their requests.")
+        self._groups.restart()
         self._agreed = Agreement(tuple(tokens), bucket, "prefill" if prefill else "decode")
 
     @torch.inference_mode()
@@ -125,7 +127,7 @@ class RankExecutor(Executor):
         return self._run(batch._asdict(), sizes, watch)
 
     def rehearse(self) -> None:
-        """One token on every rank, in a step of each kind."""
-        for prefill in (False, True):
-            self.begin([1] * self.plan.mesh.ranks, 1, prefill)
+        """One token on every rank, in a step of each kind; collectives are counted through, for it is one stage."""
+        for kind in KINDS:
+            self._agreed = Agreement((1,) * self.plan.mesh.ranks, 1, kind)
             super().rehearse()

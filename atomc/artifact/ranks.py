@@ -107,5 +107,8 @@ def find(plans: Iterable[RanksPlan], layout: str, folder: str) -> RanksPlan:
     wanted = str(parse_layout(layout))
     known = {plan.layout: plan for plan in plans}
     if wanted not in known:
-        raise NoLayoutError(f"{folder} is not compiled for {wanted}; it has {', '.join(['dp=1', *known])}.")
+        raise NoLayoutError(
+            f"{folder} is not compiled for {wanted}; it has {', '.join(['dp=1', *known])}. Choose one of these, or "
+            f"compile the model again: `atomc compile MODEL --parallel {wanted}`, with a --parallel for each layout."
+        )
     return known[wanted]

@@ -122,11 +122,12 @@ def _serve_ranks(
     import secrets
 
     from atomc.runtime.ranks.group import Stores
-    from atomc.runtime.ranks.mesh import read_mesh
+    from atomc.runtime.ranks.layout import layout_of
     from atomc.runtime.ranks.processes import Processes
     from atomc.runtime.ranks.serve import RankedServer, bounds_of
 
-    size = nproc or read_mesh(options.parallel or "").size
+    layout = layout_of(options.parallel)
+    size = nproc or (1 if layout is None else layout.ranks)
     bounds, key, here = bounds_of(options), secrets.token_hex(32), "127.0.0.1"
     stores = Stores.open(here, 0, "0", bounds, host_it=True)
     server = RankedServer(artifact, size, here, stores, options, key=key, max_waiting=max_waiting)

@@ -26,7 +26,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed import (  # type: ignore[attr-defined]
     PrefixStore,
-    ProcessGroup,
     ProcessGroupGloo,
     ReduceOp,
     Store,
@@ -36,7 +35,9 @@ from torch.distributed import (  # type: ignore[attr-defined]
 
 from atomc.errors import AtomcError
 from atomc.ops.batch import Batch
+from atomc.parallel.layout import Layout
 from atomc.runtime.batch import pack_batch, shapes_of, unpack_batch
+from atomc.runtime.collectives import Groups
 from atomc.runtime.errors import ServingError
 from atomc.runtime.protocols import Serving
 from atomc.runtime.ranks.beats import AGREE, FRONT, JOINING, LOADING, Bounds
@@ -178,14 +179,17 @@ def machine() -> str:
 class Ranks:
     """A rank and its peers (`protocols.Peers`). `begin`, `join`, then `agree` before every step, `close` at the end.
 
-    Each `tp` neighbours run the same batch: that of the first of them, the leader.
+    `layout`: how all of them share one model; without it each has the whole. Each `tp` neighbours run the same batch:
+    that of the first of them, the leader.
     """
 
-    def __init__(self, place: Place, stores: Stores, bounds: Bounds, *, tp: int = 1, end_process: bool = True) -> None:
-        if place.size % tp:
-            raise ServingError(f"{place.size} ranks are no multiple of tp={tp}. Start dp times tp ranks.")
-        self.place = place
-        self.rank, self.size, self.tp, self.dp = place.rank, place.size, tp, place.size // tp
+    def __init__(
+        self, place: Place, stores: Stores, bounds: Bounds, *, layout: Layout | None = None, end_process: bool = True
+    ) -> None:
+        if layout is not None and layout.ranks != place.size:
+            raise ServingError(f"{layout} is for {layout.ranks} ranks, and {place.size} are started.")
+        self.place, self.layout = place, layout
+        self.rank, self.size, self.tp = place.rank, place.size, 1 if layout is None else layout.tp
         self._stores, self._bounds = stores, bounds
         self.watchdog = Watchdog(
             place.rank, place.size, stores.beats, stores.faults, bounds, hosted=stores.hosted, end_process=end_process
@@ -194,7 +198,7 @@ class Ranks:
         self._all = [torch.zeros_like(self._mine) for _ in range(place.size)]
         self._gloo: Any = None
         self._batches: Any = None
-        self._groups: dict[str, ProcessGroup] = {}
+        self._groups: Groups | None = None
 
     @property
     def leads(self) -> bool:
@@ -205,10 +209,10 @@ class Ranks:
         """Begin to beat, and to be watched: before anything that takes time."""
         self.watchdog.start()
 
-    def join(self, *, same: str, device: torch.device | None = None, collectives: bool = False) -> None:
+    def join(self, *, same: str, device: torch.device | None = None) -> None:
         """Form the process groups. `same`: what all ranks must have in common, or it would not be one run.
 
-        `collectives`: the model's steps hold some, on `device`, a GPU (by NCCL), or the CPU.
+        The model's collectives, where there are some, are on `device`, a GPU (by NCCL), or the CPU.
 
         Raises:
             RankError: a rank was lost, or has something else.
@@ -222,8 +226,8 @@ class Ranks:
             self._gloo = self._private("agree", self.rank, self.size)
             if self.tp > 1:
                 self._batches = self._private(f"batches/{self.rank // self.tp}", self.rank % self.tp, self.tp)
-            if collectives:
-                self._form_groups(device)
+            if self.layout is not None:
+                self._groups = self._form_groups(self.layout, device)
         except Exception as error:  # noqa: BLE001  whatever it is, a peer that is lost may be its cause
             self._lost(error)
         self.watchdog.announce(0, LOADING)
@@ -235,33 +239,25 @@ class Ranks:
         group._set_default_timeout(_FOREVER)
         return group
 
-    def _form_groups(self, device: torch.device | None) -> None:
-        """The groups of the model: all ranks, those along dp, those along tp."""
+    def _form_groups(self, layout: Layout, device: torch.device | None) -> Groups:
+        """The groups of the model. Until all have loaded, one may wait for another as long as that may take."""
+        bounds = self._bounds
         # A rank that is lost is the watchdog's business: NCCL's own would end the process and say nothing of it.
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
-        wait = timedelta(milliseconds=2 * max(self._bounds.join_ms, self._bounds.first_ms, self._bounds.late_ms))
+        wait = timedelta(milliseconds=2 * max(bounds.join_ms, bounds.load_ms, bounds.first_ms, bounds.late_ms))
         dist.init_process_group(
             "gloo" if device is None else "cpu:gloo,cuda:nccl", store=PrefixStore("groups/model", self._stores.main),
             rank=self.rank, world_size=self.size, timeout=wait, device_id=device,
         )  # fmt: skip
-        along = {
-            "tp": [list(range(first, first + self.tp)) for first in range(0, self.size, self.tp)],
-            "dp": [list(range(first, self.size, self.tp)) for first in range(self.tp)],
-        }
-        for axis, groups in along.items():
-            for members in groups:
-                group = dist.new_group(members, timeout=wait)
-                if self.rank in members:
-                    self._groups[axis] = group
+        return Groups(layout.mesh, announce=self.watchdog.place, timeout=wait)
 
     # -- for an executor: see `Peers` ----------------------------------------------------------------------------------
 
-    def group(self, axis: str) -> ProcessGroup:
-        """Raises `KeyError` when the ranks have joined without collectives."""
-        return self._groups[axis]
-
-    def announce(self, at: int) -> None:
-        self.watchdog.place(at)
+    @property
+    def groups(self) -> Groups:
+        """There are some once ranks of a layout have joined."""
+        assert self._groups is not None, "these ranks share no model, or have not joined"
+        return self._groups
 
     def least(self, value: int) -> int:
         """Raises `RankError` when a rank is lost meanwhile."""

@@ -23,9 +23,9 @@ from atomc.runtime.protocols import Executor
 from atomc.runtime.ranks.beats import Bounds
 from atomc.runtime.ranks.front import RankedFront
 from atomc.runtime.ranks.group import Place, Ranks, Stores, machine
+from atomc.runtime.ranks.layout import check_layout, layout_of
 from atomc.runtime.ranks.lines import Lines
 from atomc.runtime.ranks.lockstep import Lockstep
-from atomc.runtime.ranks.mesh import mesh_of
 from atomc.runtime.ranks.wire import Channel, Ready
 from atomc.runtime.server.run import Server, make_server
 
@@ -54,10 +54,12 @@ class RankedServer:
     ) -> None:
         self._server: Server | None = None
         self._ended = False
-        serving, mesh = read_manifest(artifact).serving, mesh_of(options.parallel, size)
+        check_layout(artifact, options.parallel, size)
+        serving, layout = read_manifest(artifact).serving, layout_of(options.parallel)
+        tp = 1 if layout is None else layout.tp
         self.front = RankedFront(
-            serving, artifact / "tokenizer.json", size, stores, bounds_of(options), tp=mesh.tp,
-            max_waiting=max_waiting, on_end=self._end,
+            serving, artifact / "tokenizer.json", size, stores, bounds_of(options), tp=tp, max_waiting=max_waiting,
+            on_end=self._end,
         )  # fmt: skip
         self._lines = Lines(host, size, key)
         self._lines.open(stores)
@@ -111,14 +113,19 @@ class Source(Protocol):
 
 
 class ArtifactSource:
-    """An artifact, in the layout that the options say."""
+    """An artifact, in the layout that the options say, for runs of `size` ranks.
 
-    def __init__(self, artifact: Path, options: RunOptions) -> None:
+    Raises:
+        LayoutError, NoLayoutError, ServingError: see `check_layout`.
+    """
+
+    def __init__(self, artifact: Path, options: RunOptions, size: int) -> None:
+        check_layout(artifact, options.parallel, size)
         self.artifact, self.options = artifact, options
 
     def same(self) -> str:
-        layout = "" if self.options.parallel is None else f", --parallel {self.options.parallel}"
-        return f"artifact {artifact_hash(self.artifact)}{layout}"
+        layout = layout_of(self.options.parallel)
+        return f"artifact {artifact_hash(self.artifact)}{'' if layout is None else f', --parallel {layout}'}"
 
     def device(self, place: Place) -> torch.device | None:
         """Raises `ServingError` when there are fewer GPUs than ranks."""
@@ -138,8 +145,7 @@ class ArtifactSource:
             memory = int(free_memory() * DEFAULT_SHARE / ranks.place.local_size)
         executor, capacity = open_executor(
             self.artifact, max_requests=options.max_requests, memory_bytes=memory, num_blocks=options.num_blocks,
-            num_window_pages=options.num_window_pages, parallel=options.parallel,
-            peers=None if options.parallel is None else ranks,
+            num_window_pages=options.num_window_pages, peers=ranks,
         )  # fmt: skip
         return executor, str(capacity)
 
@@ -156,13 +162,13 @@ def run_rank(
         RankError: a rank or the front end was lost; this one, whatever went wrong here.
         ServingError: there is no such run.
     """
-    bounds, mesh = bounds_of(options), mesh_of(options.parallel, place.size)
+    bounds, layout = bounds_of(options), layout_of(options.parallel)
     awaited = key is None and not place.hosted
     stores = Stores.open(place.host, place.port, place.attempt, bounds, hosted=place.hosted, awaited=awaited)
-    ranks = Ranks(place, stores, bounds, tp=mesh.tp)
+    ranks = Ranks(place, stores, bounds, layout=layout)
     ranks.begin()
     try:
-        ranks.join(same=source.same(), device=source.device(place), collectives=options.parallel is not None)
+        ranks.join(same=source.same(), device=source.device(place))
         executor, capacity = source.load(ranks)
         engine = Engine(executor)
         channel = _call(ranks, alive, bounds, key)

@@ -48,7 +48,7 @@ class CollectiveFake(FakeExecutor):
     """The strict fake, with collectives around it that prove that all ranks run the same step.
 
     1 all-reduce of tokens over all, 2 all-gather of ranks over all, 3 all-gather of the batch over tp, 4 all-reduce
-    over dp.
+    over dp; the last two where there are such ranks.
     """
 
     def __init__(self, ranks: Ranks, act: Act) -> None:
@@ -77,14 +77,16 @@ class CollectiveFake(FakeExecutor):
         dist.all_gather(members, torch.tensor([self.ranks.rank]))
         assert [int(each) for each in members] == list(range(self.ranks.size))
         self._reach(3)
-        packed = pack_batch(batch)
-        others = [torch.zeros_like(packed) for _ in range(self.ranks.tp)]
-        dist.all_gather(others, packed, group=self.ranks.group("tp"))
-        assert all(torch.equal(each, packed) for each in others), "a tp group runs different batches"
+        if self.ranks.tp > 1:
+            packed = pack_batch(batch)
+            others = [torch.zeros_like(packed) for _ in range(self.ranks.tp)]
+            dist.all_gather(others, packed, group=self.ranks.groups.group("tp"))
+            assert all(torch.equal(each, packed) for each in others), "a tp group runs different batches"
         self._reach(4)
-        total = own.clone()
-        dist.all_reduce(total, group=self.ranks.group("dp"))
-        assert int(total) == sum(self.tokens[:: self.ranks.tp])
+        if self.ranks.tp < self.ranks.size:
+            total = own.clone()
+            dist.all_reduce(total, group=self.ranks.groups.group("dp"))
+            assert int(total) == sum(self.tokens[:: self.ranks.tp])
         if padding:  # the strict fake would look for its pages
             return torch.zeros((1, self.serving.vocab_size))
         return super().step(batch)
@@ -97,7 +99,7 @@ class CollectiveFake(FakeExecutor):
             self.act_now()
         if now and not chosen and act.within:
             time.sleep(0.5)
-        self.ranks.announce(at)
+        self.ranks.groups.announce(at)
         if now and chosen and act.within:
             if act.what == "sleep":
                 self.act_now()

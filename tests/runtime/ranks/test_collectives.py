@@ -15,6 +15,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from atomc.parallel.layout import parse_layout
 from atomc.runtime.detokenize import Vocabulary
 from atomc.runtime.engine import Engine
 from atomc.runtime.errors import RankError
@@ -22,7 +23,6 @@ from atomc.runtime.options import RunOptions
 from atomc.runtime.ranks.front import RankedFront
 from atomc.runtime.ranks.group import Stores
 from atomc.runtime.ranks.lines import Lines
-from atomc.runtime.ranks.mesh import read_mesh
 from atomc.runtime.ranks.processes import KEY, environment_of
 from atomc.runtime.ranks.serve import bounds_of
 from atomc.runtime.request import SamplingParams
@@ -40,10 +40,12 @@ class Fakes:
 
     def __init__(self, act: Act, parallel: str) -> None:
         options = RunOptions(parallel, silent_ms=2000, late_ms=2000)
-        self.mesh = read_mesh(parallel)
-        size, here, key = self.mesh.size, "127.0.0.1", "k" * 64
+        self.layout = parse_layout(parallel)
+        size, here, key = self.layout.ranks, "127.0.0.1", "k" * 64
         stores = Stores.open(here, 0, "0", bounds_of(options), host_it=True)
-        self.front = RankedFront(FakeServing(), Path(act.tokenizer), size, stores, bounds_of(options), tp=self.mesh.tp)
+        self.front = RankedFront(
+            FakeServing(), Path(act.tokenizer), size, stores, bounds_of(options), tp=self.layout.tp
+        )
         self.lines = Lines(here, size, key)
         self.lines.open(stores)
         self.front.watchdog.start()
@@ -114,8 +116,8 @@ def test_answers_are_those_of_one_rank(fakes: Callable[..., Fakes], vocabulary: 
     found, errors = run.run()
     assert not errors
     assert found == [alone(vocabulary, prompt) for prompt in PROMPTS]
-    assert run.end() == [""] * run.mesh.size
-    assert [rank.returncode for rank in run.ranks] == [0] * run.mesh.size
+    assert run.end() == [""] * run.layout.ranks
+    assert [rank.returncode for rank in run.ranks] == [0] * run.layout.ranks
 
 
 @contextmanager
@@ -162,7 +164,9 @@ def test_a_rank_that_is_lost_is_named(
     # Between two beats: a place is told with the next one, a step at once.
     place = r"(, at collective \d)?" if what in ("SIGKILL", "raise") else f", at collective {at if inside else at - 1}"
     place = place if at > 1 or inside else ""
-    pattern = rf"Rank {rank} of {run.mesh.size} was lost in step {step} \(running it{place}\): {why}( \(seen by .*)?\."
+    pattern = (
+        rf"Rank {rank} of {run.layout.ranks} was lost in step {step} \(running it{place}\): {why}( \(seen by .*)?\."
+    )
     assert re.fullmatch(pattern, message), (pattern, message)
     with within(6):
         said = run.end()

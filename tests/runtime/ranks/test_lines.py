@@ -15,7 +15,6 @@ from atomc.runtime.ranks.beats import Bounds
 from atomc.runtime.ranks.front import RankedFront
 from atomc.runtime.ranks.group import Stores
 from atomc.runtime.ranks.lines import Line, Lines
-from atomc.runtime.ranks.mesh import mesh_of
 from atomc.runtime.ranks.wire import Channel, Done, Ready, ToFront
 from tests.support.fake_executor import FakeServing
 
@@ -95,15 +94,6 @@ def test_a_request_of_its_own_error_is_no_lost_rank(stores: Stores, tokenizer_pa
     assert front.problem == (500, "engine_error")
     front.error = RankError("Rank 1 was lost.", ranks=(1,), step=3)
     assert front.problem == (503, "rank_lost")
-
-
-def test_meshes() -> None:
-    assert mesh_of(None, 3) == (3, 1)
-    assert mesh_of("tp=2, dp=4,moe=ep", 8) == (4, 2)
-    with pytest.raises(ServingError, match="dp=2,tp=2 is for 4 ranks, and 3 are started"):
-        mesh_of("dp=2,tp=2", 3)
-    with pytest.raises(ServingError, match="tp=x is no number of ranks"):
-        mesh_of("tp=x", 3)
 
 
 def test_options_are_handed_on_as_they_are() -> None:
