@@ -1,4 +1,4 @@
-"""A rank in a process of its own, over an executor whose steps do hold collectives; `python -m` it with an `Act`."""
+"""A rank in a process of its own that does something to itself within a step; `python -m` it with an `Act`."""
 
 from __future__ import annotations
 
@@ -17,14 +17,16 @@ import torch.distributed as dist
 
 from atomc.ops.batch import Batch
 from atomc.runtime.batch import pack_batch
+from atomc.runtime.capacity import open_executor
 from atomc.runtime.errors import RankError
 from atomc.runtime.options import RunOptions
+from atomc.runtime.protocols import Executor
 from atomc.runtime.ranks.group import Place, Ranks
 from atomc.runtime.ranks.processes import KEY, end_with_parent
 from atomc.runtime.ranks.serve import run_rank
 from tests.support.fake_executor import FakeExecutor, FakeServing
 
-COLLECTIVES: Final = 4  # of a step
+LEAST_MEMORY: Final = 320_000
 
 
 class Act(msgspec.Struct, frozen=True):
@@ -32,16 +34,50 @@ class Act(msgspec.Struct, frozen=True):
 
     Step 0 is while they load; "differ" is to have something else than the others when they meet.
     Within it means that it has begun and cannot end: the other ranks come half a second later. `told`: a file that
-    each of them writes its number of the step to.
+    each of them writes its number of the step to. `artifact`: what is run, in place of a fake.
     """
 
     tokenizer: str
     told: str = ""
+    artifact: str = ""
     ranks: tuple[int, ...] = ()
     what: Literal["nothing", "differ", "sleep", "raise", "SIGSTOP", "SIGKILL"] = "nothing"
     within: bool = False
     step: int = 5
     at: int = 3
+
+
+class Actor:
+    """Hears of every collective of a rank, in place of its watchdog."""
+
+    def __init__(self, ranks: Ranks, act: Act) -> None:
+        self.act, self.chosen, self.watchdog, self.runs = act, ranks.rank in act.ranks, ranks.watchdog, 0
+        ranks.groups.announce = self.reach
+
+    def reach(self, at: int) -> None:
+        """Announce a collective; act, if it is time to."""
+        act = self.act
+        self.runs += at == 1
+        now = self.runs == act.step and at == act.at and act.what != "nothing"
+        if now and self.chosen and not act.within:
+            self.act_now()
+        if now and not self.chosen and act.within:
+            time.sleep(0.5)
+        self.watchdog.place(at)
+        if now and self.chosen and act.within:
+            if act.what == "sleep":
+                self.act_now()
+            else:
+                threading.Timer(0.2, self.act_now).start()
+
+    def act_now(self) -> None:
+        """What this rank was started to do."""
+        Path(f"{self.act.told}.{os.environ['RANK']}").write_text(str(self.watchdog._beat.step))
+        if self.act.what == "raise":
+            raise ValueError("a defect of this rank")
+        if self.act.what == "sleep":
+            time.sleep(600)
+        os.kill(os.getpid(), getattr(signal, self.act.what))
 
 
 class CollectiveFake(FakeExecutor):
@@ -51,11 +87,10 @@ class CollectiveFake(FakeExecutor):
     over dp; the last two where there are such ranks.
     """
 
-    def __init__(self, ranks: Ranks, act: Act) -> None:
-        super().__init__(FakeServing(), tokenizer_path=Path(act.tokenizer))
-        self.ranks, self.act = ranks, act
+    def __init__(self, ranks: Ranks, tokenizer: str) -> None:
+        super().__init__(FakeServing(), tokenizer_path=Path(tokenizer))
+        self.ranks = ranks
         self.tokens: tuple[int, ...] = ()
-        self.runs = 0
 
     def begin(self, tokens: Sequence[int], bucket: int, prefill: bool) -> None:
         assert bucket == max(tokens)
@@ -63,26 +98,25 @@ class CollectiveFake(FakeExecutor):
         self.tokens = tuple(tokens)
 
     def step(self, batch: Batch) -> torch.Tensor:
-        self.runs += 1
         padding = not batch.window_table.any()
         own = torch.tensor([0 if padding else len(batch.ids)])
         mine = self.tokens[self.ranks.rank]
         assert int(own) == mine, f"it runs {int(own)} tokens and was told {mine}"
-        self._reach(1)
+        self.ranks.groups.announce(1)
         total = own.clone()
         dist.all_reduce(total)
         assert int(total) == sum(self.tokens)
-        self._reach(2)
+        self.ranks.groups.announce(2)
         members = [torch.zeros(1, dtype=torch.int64) for _ in range(self.ranks.size)]
         dist.all_gather(members, torch.tensor([self.ranks.rank]))
         assert [int(each) for each in members] == list(range(self.ranks.size))
-        self._reach(3)
+        self.ranks.groups.announce(3)
         if self.ranks.tp > 1:
             packed = pack_batch(batch)
             others = [torch.zeros_like(packed) for _ in range(self.ranks.tp)]
             dist.all_gather(others, packed, group=self.ranks.groups.group("tp"))
             assert all(torch.equal(each, packed) for each in others), "a tp group runs different batches"
-        self._reach(4)
+        self.ranks.groups.announce(4)
         if self.ranks.tp < self.ranks.size:
             total = own.clone()
             dist.all_reduce(total, group=self.ranks.groups.group("dp"))
@@ -91,32 +125,8 @@ class CollectiveFake(FakeExecutor):
             return torch.zeros((1, self.serving.vocab_size))
         return super().step(batch)
 
-    def _reach(self, at: int) -> None:
-        """Announce a collective; act, if it is time to."""
-        act, chosen = self.act, self.ranks.rank in self.act.ranks
-        now = self.runs == act.step and at == act.at and act.what != "nothing"
-        if now and chosen and not act.within:
-            self.act_now()
-        if now and not chosen and act.within:
-            time.sleep(0.5)
-        self.ranks.groups.announce(at)
-        if now and chosen and act.within:
-            if act.what == "sleep":
-                self.act_now()
-            else:
-                threading.Timer(0.2, self.act_now).start()
 
-    def act_now(self) -> None:
-        """What this rank was started to do."""
-        Path(f"{self.act.told}.{self.ranks.rank}").write_text(str(self.ranks.watchdog._beat.step))
-        if self.act.what == "raise":
-            raise ValueError("a defect of this rank")
-        if self.act.what == "sleep":
-            time.sleep(600)
-        os.kill(os.getpid(), getattr(signal, self.act.what))
-
-
-class FakeSource:
+class ActingSource:
     """Where `run_rank` has its executor from."""
 
     def __init__(self, act: Act) -> None:
@@ -131,12 +141,19 @@ class FakeSource:
     def device(self, _place: Place) -> None:
         return None
 
-    def load(self, ranks: Ranks) -> tuple[CollectiveFake, str]:
+    def load(self, ranks: Ranks) -> tuple[Executor, str]:
         assert ranks.least(10 + ranks.rank) == 10
-        executor = CollectiveFake(ranks, self.act)
-        if self.act.step == 0 and ranks.rank in self.act.ranks:
-            executor.act_now()
-        return executor, "fake"
+        executor: Executor = CollectiveFake(ranks, self.act.tokenizer)
+        said = "a fake"
+        if self.act.artifact:  # each rank has another amount of memory
+            executor, capacity = open_executor(
+                Path(self.act.artifact), memory_bytes=LEAST_MEMORY + 40_000 * ranks.rank, peers=ranks
+            )
+            said = str(capacity)
+        actor = Actor(ranks, self.act)
+        if self.act.step == 0 and actor.chosen:
+            actor.act_now()
+        return executor, said
 
 
 def main() -> None:
@@ -148,7 +165,7 @@ def main() -> None:
     assert isinstance(act, Act)
     code = 0
     try:
-        run_rank(FakeSource(act), Place.of(os.environ), options, os.environ[KEY])
+        run_rank(ActingSource(act), Place.of(os.environ), options, os.environ[KEY])
     except RankError as error:
         code = error.exit_code
         sys.stdout.write(error.message)

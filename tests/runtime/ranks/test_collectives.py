@@ -15,11 +15,13 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from atomc.artifact.store import read_manifest
 from atomc.parallel.layout import parse_layout
 from atomc.runtime.detokenize import Vocabulary
 from atomc.runtime.engine import Engine
 from atomc.runtime.errors import RankError
 from atomc.runtime.options import RunOptions
+from atomc.runtime.protocols import Serving
 from atomc.runtime.ranks.front import RankedFront
 from atomc.runtime.ranks.group import Stores
 from atomc.runtime.ranks.lines import Lines
@@ -43,9 +45,8 @@ class Fakes:
         self.layout = parse_layout(parallel)
         size, here, key = self.layout.ranks, "127.0.0.1", "k" * 64
         stores = Stores.open(here, 0, "0", bounds_of(options), host_it=True)
-        self.front = RankedFront(
-            FakeServing(), Path(act.tokenizer), size, stores, bounds_of(options), tp=self.layout.tp
-        )
+        serving: Serving = read_manifest(Path(act.artifact)).serving if act.artifact else FakeServing()
+        self.front = RankedFront(serving, Path(act.tokenizer), size, stores, bounds_of(options), tp=self.layout.tp)
         self.lines = Lines(here, size, key)
         self.lines.open(stores)
         self.front.watchdog.start()
@@ -156,7 +157,37 @@ def test_a_rank_that_is_lost_is_named(
     at: int,
     why: str,
 ) -> None:
-    run = fakes(parallel, ranks=ranks, what=what, within=inside, at=at)
+    lose_one(fakes(parallel, ranks=ranks, what=what, within=inside, at=at), tmp_path, ranks, what, inside, at, why)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "rank", "what", "inside", "at", "why"),
+    [
+        ("dp=2,moe=ep", 1, "SIGKILL", True, 5, "its process ended"),
+        ("dp=2,moe=ep", 0, "SIGSTOP", True, 2, "no sign of life for 2,000 ms"),
+        ("dp=2,moe=tp", 1, "SIGKILL", False, 3, "its process ended"),
+        ("tp=2", 1, "sleep", False, 4, "it has not come on for 2,000 ms; the others wait"),
+    ],
+)
+def test_a_rank_of_a_layout_that_is_lost_is_named(
+    fakes: Callable[..., Fakes],
+    artifact: Path,
+    tmp_path: Path,
+    parallel: str,
+    rank: int,
+    what: str,
+    inside: bool,
+    at: int,
+    why: str,
+) -> None:
+    """Within collectives of a compiled model, whose every one is announced."""
+    run = fakes(parallel, artifact=str(artifact), ranks=(rank,), what=what, within=inside, at=at)
+    lose_one(run, tmp_path, (rank,), what, inside, at, why)
+    (capacity,) = {line.ready.capacity for line in run.front.lines}
+    assert "4 blocks" in capacity, "pools are not sized by the least memory of any rank"
+
+
+def lose_one(run: Fakes, tmp_path: Path, ranks: tuple[int, ...], what: str, inside: bool, at: int, why: str) -> None:
     _, errors = run.run()
     (message,) = errors
     (rank,) = ranks

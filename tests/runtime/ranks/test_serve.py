@@ -19,10 +19,12 @@ from pathlib import Path
 import httpx
 import pytest
 
+from atomc.parallel.layout import parse_layout
 from atomc.runtime.capacity import open_executor
 from atomc.runtime.llm import LLM
 from atomc.runtime.request import SamplingParams
 from benchmarks.kill_ranks import FRONT, Point, Run, ask, marked, references, start_marked, try_point
+from tests.support.artifact import LAYOUTS
 from tests.support.cli import Cli
 
 pytestmark = pytest.mark.slow
@@ -33,6 +35,21 @@ PROMPTS = [[5, *range(10, 10 + 9 * each)] for each in range(10)]
 @pytest.fixture(scope="module")
 def right(artifact: Path) -> list[str]:
     return references(artifact)
+
+
+@contextmanager
+def served(artifact: Path, layout: str) -> Iterator[Run]:
+    """A server of a layout's ranks; it ends in good order."""
+    run = Run(artifact, parse_layout(layout).ranks, "--parallel", layout)
+    try:
+        assert run.wait_until_ready(), run.said
+        yield run
+        run.process.terminate()
+        assert run.process.wait(20) == 0, run.said
+        assert "error" not in run.said, run.said
+        assert not run.left()
+    finally:
+        run.kill()
 
 
 @pytest.fixture
@@ -79,6 +96,24 @@ def test_every_answer_is_that_of_one_rank(artifact: Path, run: Run) -> None:
     assert not run.left()
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_ranks_of_a_layout_give_the_texts_of_one(artifact: Path, right: list[str], layout: str) -> None:
+    """One request while the other ranks idle, then uneven ones on all of them."""
+    with served(artifact, layout) as run:
+        model = run.model()
+
+        def text(index: int) -> str:
+            return ask(run.url, model, index, index % 2 == 0, queue.SimpleQueue()).text
+
+        assert text(2) == right[2]
+        with ThreadPoolExecutor(len(right)) as pool:
+            assert list(pool.map(text, range(len(right)))) == right
+        metrics = httpx.get(f"{run.url}/metrics", timeout=10).text
+        ranks = {int(rank) for rank in re.findall(r'atomc_rank_step{rank="(\d+)"}', metrics)}
+        along = parse_layout(layout).tp
+        assert ranks == set(range(0, len(run.ranks), along)), "a rank that leads got no request"
+
+
 @pytest.mark.parametrize(
     "point",
     [
@@ -89,6 +124,8 @@ def test_every_answer_is_that_of_one_rank(artifact: Path, run: Run) -> None:
         Point(2, [FRONT], "SIGSTOP", "events", 20),
         Point(2, [FRONT], "SIGSTOP", "seconds", 0.0),
         Point(2, [0], "SIGKILL", "drain", 0.1),
+        Point(2, [1], "SIGKILL", "events", 40, "dp=2,moe=ep"),
+        Point(2, [0], "SIGSTOP", "events", 10, "tp=2"),
     ],
     ids=str,
 )
@@ -133,12 +170,12 @@ def test_a_rank_told_to_end_ends_the_run_in_good_order(run: Run) -> None:
 
 
 @contextmanager
-def torchrun(artifact: Path) -> Iterator[tuple[subprocess.Popen[str], str, str]]:
+def torchrun(artifact: Path, *extra: str) -> Iterator[tuple[subprocess.Popen[str], str, str]]:
     """Two ranks under torchrun: the process, its mark, and the server's address."""
     mark = secrets.token_hex(8)
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m",
-        "atomc.runtime", str(artifact), "--port", "0", "--memory-bytes", "64000000", "--log-level", "warning",
+        "atomc.runtime", str(artifact), "--port", "0", "--memory-bytes", "64000000", "--log-level", "warning", *extra,
     ]  # fmt: skip
     run = start_marked(command, mark)
     try:
@@ -152,8 +189,9 @@ def torchrun(artifact: Path) -> Iterator[tuple[subprocess.Popen[str], str, str]]
             os.kill(pid, signal.SIGKILL)
 
 
-def test_torchrun(artifact: Path, right: list[str]) -> None:
-    with torchrun(artifact) as (run, mark, url):
+@pytest.mark.parametrize("layout", ["", "dp=2,moe=ep"])
+def test_torchrun(artifact: Path, right: list[str], layout: str) -> None:
+    with torchrun(artifact, *(["--parallel", layout] if layout else [])) as (run, mark, url):
         model: str = httpx.get(f"{url}/v1/models", timeout=10).json()["data"][0]["id"]
         assert ask(url, model, 0, False, queue.SimpleQueue()).text == right[0]
         run.terminate()
@@ -196,12 +234,12 @@ def test_what_cannot_start(artifact: Path, tmp_path: Path, cli: Cli) -> None:
     ran = cli("serve", artifact, "--nproc", "2", "--port", "0", "--max-requests", "1000")
     assert ran.code == 1
     assert "was lost while loading: 1000 requests are asked for" in ran.err
-    ran = cli("serve", artifact, "--nproc", "2", "--port", "0", "--parallel", "dp=3,moe=tp")
+    ran = cli("serve", artifact, "--nproc", "3", "--port", "0", "--parallel", "dp=2,moe=ep")
     assert ran.code == 1
-    assert "--parallel dp=3,moe=tp is for 3 ranks, and 2 are started." in ran.err
-    ran = cli("serve", artifact, "--port", "0", "--parallel", "dp=2,moe=tp")
+    assert "--parallel dp=2,moe=ep is for 2 ranks, and 3 are started." in ran.err
+    ran = cli("serve", artifact, "--port", "0", "--parallel", "dp=3,moe=tp")
     assert ran.code == 1
-    assert "holds the model for one rank, not for --parallel dp=2,moe=tp" in ran.err
+    assert "is not compiled for dp=3,moe=tp; it has dp=1, dp=2,moe=tp, dp=2,moe=ep, " in ran.err
 
 
 def test_a_rank_outside_of_a_run(artifact: Path) -> None:
