@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 from torch import Tensor
 
 from atomc.parallel.layout import parse_layout
 from tests.support.artifact import LAYERS, LIMITS, ONE_LAYER
 from tests.support.cli import run_apart
 from tests.support.eager import Step
-from tests.support.rank_processes import Loads, Play, difference, run_alone, run_ranks
+from tests.support.rank_processes import Codes, Loads, Play, difference, run_alone, run_ranks
 from tests.support.tiny import random_checkpoint, tiny_config, to_first_experts
 
 SMALL = ("dp=2,moe=tp", "dp=2,moe=ep", "tp=2,moe=ep")
@@ -85,17 +86,47 @@ def test_all_tokens_may_go_to_the_experts_of_one_rank(tmp_path: Path) -> None:
     compare(artifact, plays, tmp_path / "exact", allowed=0)
 
 
+def nano(output: Path, scheme: str, layouts: tuple[str, ...]) -> Path:
+    """The bundled model with caches in float32."""
+    parallel = [word for layout in layouts for word in ("--parallel", layout)]
+    rows = ("--cache-rows", "compute", "--index-rows", "compute", "--scheme", scheme)
+    ran = run_apart("compile", "deepseek-v4-nano", "-o", output, *LIMITS, *rows, *parallel)
+    assert ran.code == 0, ran.out + ran.err
+    return output
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "layouts", [("dp=2,moe=tp", "dp=2,moe=ep", "tp=2,moe=ep"), ("dp=4,moe=ep", "dp=2,tp=2,moe=ep"), ("dp=8,moe=ep",)]
+    "layouts",
+    [
+        ("dp=2,moe=tp", "dp=2,moe=ep", "tp=2,moe=ep"),
+        ("dp=4,moe=tp", "dp=2,tp=2,moe=ep"),
+        ("dp=8,moe=tp", "dp=8,moe=ep"),
+    ],
+    ids=["2", "4", "8"],
 )
 def test_the_bundled_model_on_ranks(tmp_path: Path, layouts: tuple[str, ...]) -> None:
-    """Quantised as it is stored: blocks are never cut, and what is sent is what was quantised.
+    artifact = nano(tmp_path / "a.atom", "none", layouts)
+    compare(artifact, [Play(layout, uneven(layout)) for layout in layouts], tmp_path / "run")
 
-    A sum that differs in its last bit may round to the neighbouring code of the next layer.
+
+@pytest.mark.slow
+def test_a_quantised_model_parts_at_a_code_that_lay_between_two(tmp_path: Path) -> None:
+    """Of a sum that differs in its last bit the next rounding may take the neighbouring code, a 16th of a value away.
+
+    Up to the first such code all codes are those of one rank; there few differ, each by one.
     """
-    parallel = [word for layout in layouts for word in ("--parallel", layout)]
-    rows = ("--cache-rows", "compute", "--index-rows", "compute")
-    ran = run_apart("compile", "deepseek-v4-nano", "-o", tmp_path / "a.atom", *LIMITS, *rows, *parallel)
-    assert ran.code == 0, ran.out + ran.err
-    compare(tmp_path / "a.atom", [Play(layout, uneven(layout)) for layout in layouts], tmp_path / "run")
+    layouts = ("dp=2,moe=ep", "tp=2,moe=ep")
+    artifact = nano(tmp_path / "a.atom", "native", layouts)
+    run_ranks(artifact, [Play(layout, uneven(layout)) for layout in layouts], tmp_path / "run")
+    watch = Codes()
+    run_alone(artifact, uneven("tp=2"), watch)
+    for layout in layouts:
+        ours = torch.load(tmp_path / "run" / f"codes {layout}.pt")
+        assert [name for name, _ in ours] == [name for name, _ in watch.found]
+        both = zip(ours, watch.found, strict=True)
+        pairs = [(a.view(torch.uint8).int(), b.view(torch.uint8).int()) for (_, a), (_, b) in both]
+        first = next((a - b for a, b in pairs if not a.equal(b)), None)
+        if first is not None:
+            assert (first != 0).float().mean() < 0.01, layout
+            assert first.abs().max() == 1, (layout, first.abs().max())

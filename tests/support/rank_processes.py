@@ -12,8 +12,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
+from atomc.artifact.plan import CallPlan, RegionPlan
 from atomc.ops import Batch
 from atomc.parallel.layout import parse_layout
+from atomc.runtime.bind import Environment, Sizes
 from atomc.runtime.collectives import Groups
 from atomc.runtime.executor import Executor
 from atomc.runtime.rank_executor import RankExecutor
@@ -22,6 +24,22 @@ from tests.support.paged import Paged
 
 Loads = list[list[Step]]  # dp rank -> steps of its requests; a step without any is idle
 BLOCKS, PAGES, REQUESTS, LONGEST = 24, 80, 3, 60
+
+
+class Codes:
+    """A watch that keeps the FP8 codes of activations that every rank has whole, by layer and operator."""
+
+    def __init__(self) -> None:
+        self.found: list[tuple[str, Tensor]] = []
+
+    def before(self, call: CallPlan, region: RegionPlan, at: int, env: Environment, sizes: Sizes) -> None:
+        """Nothing is rounded yet."""
+
+    def after(self, call: CallPlan, region: RegionPlan, at: int, env: Environment, sizes: Sizes) -> None:
+        step = region.steps[at]
+        if step.op in ("atom.hc_post_pre_norm_quant.default", "atom.rms_norm_pair_quant.default"):
+            codes = next(env[s] for s in step.outputs if s is not None and env[s].dtype == torch.float8_e4m3fn)
+            self.found.append((call.prefix + step.op, codes.clone()))
 
 
 class Play(NamedTuple):
@@ -33,17 +51,20 @@ class Play(NamedTuple):
     padding: int = 0
 
 
-def run_alone(artifact: Path, loads: Loads) -> list[list[Tensor]]:
+def run_alone(artifact: Path, loads: Loads, watch: Codes | None = None) -> list[list[Tensor]]:
     """dp rank -> logits of each of its steps, on one rank."""
     found = []
     for index, load in enumerate(loads):
         executor = Executor.load(artifact, num_blocks=BLOCKS, num_window_pages=PAGES)
-        found.append(_play(executor, [load], index, 0, lambda _tokens, _prefill: None))
+        found.append(_play(executor, [load], index, 0, lambda _tokens, _prefill: None, watch=watch))
     return found
 
 
 def run_ranks(artifact: Path, plays: Sequence[Play], folder: Path) -> list[list[list[Tensor]]]:
-    """play -> rank -> logits of each step with tokens; all plays have the same number of ranks."""
+    """play -> rank -> logits of each step with tokens; all plays have the same number of ranks.
+
+    The codes that rank 0 had are left in the folder.
+    """
     (ranks,) = {parse_layout(play.layout).ranks for play in plays}
     folder.mkdir(parents=True)
     mp.start_processes(_rank, (ranks, artifact, list(plays), folder), nprocs=ranks, start_method="spawn")  # type: ignore[no-untyped-call]
@@ -66,7 +87,10 @@ def _rank(rank: int, ranks: int, artifact: Path, plays: list[Play], folder: Path
             each = [n for n in tokens for _ in range(along)]
             executor.begin(each, min(max(tokens) + play.padding, executor.serving.max_batch_tokens), prefill)
 
-        found.append(_play(executor, play.loads, groups.index.get("dp", 0), None, begin, play.idle))
+        watch = Codes()
+        found.append(_play(executor, play.loads, groups.index.get("dp", 0), None, begin, play.idle, watch))
+        if rank == 0:
+            torch.save(watch.found, folder / f"codes {play.layout}.pt")
     torch.save(found, folder / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -74,7 +98,7 @@ def _rank(rank: int, ranks: int, artifact: Path, plays: list[Play], folder: Path
 
 def _play(
     executor: Executor, loads: Loads, seed: int, only: int | None, begin: Callable[[list[int], bool], None],
-    idle: str = "dummy",
+    idle: str = "dummy", watch: Codes | None = None,
 ) -> list[Tensor]:  # fmt: skip
     """The logits of each step of one dp rank that has tokens; its requests and their ids follow from its number."""
     generator = torch.Generator().manual_seed(100 + seed)
@@ -95,7 +119,7 @@ def _play(
                 executor.step(_idle(executor, paged, idle))
             continue
         pieces = [(i, done[i], sequences[i][done[i] : done[i] + n]) for i, n in step]
-        logits.append(executor.step(paged.batch(pieces)).clone())
+        logits.append(executor.step(paged.batch(pieces), watch).clone())
         for i, n in step:
             done[i] += n
     return logits
