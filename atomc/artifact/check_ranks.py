@@ -125,6 +125,11 @@ class _Check:
         names = [self.region.slots[s].name for s in step.outputs if s is not None]
         return f"{', '.join(names) or step.op} ({step.op}, {step.source})"
 
+    def read_by(self, step: Step) -> list[Step]:
+        """The steps that read a step's one result."""
+        slot = step.outputs[0]
+        return [] if slot is None else self.readers.get(slot, [])
+
     def steps(self, *ops: str) -> list[Step]:
         return [step for step in self.region.steps if step.op in ops]
 
@@ -201,18 +206,21 @@ class _Check:
     def uses(self) -> Iterator[str]:
         """Groups, their sizes, reductions, waits, and sizes that only one rank knows."""
         mesh = self.plan.mesh
+        for step in self.region.prepare:
+            if step.op.startswith(COLLECTIVE):
+                yield f"{self.at(step)}: a collective while weights are prepared"
         for step in self.steps(WAIT):
             source = self.made.get(_slot(step.args[0]))
             if source is None or source[1].op not in KINDS:
                 yield f"{self.at(step)}: waits for what is no collective"
-            if not self.readers.get(step.outputs[0] or 0) and step.outputs[0] not in self.region.outputs.values():
+            if not self.read_by(step) and step.outputs[0] not in self.region.outputs.values():
                 yield f"{self.at(step)}: what it waits for is read by nobody"
         for step in self.steps(*KINDS):
             kind, group = KINDS[step.op], str(step.args[-1])
             if group not in mesh.names:
                 yield f"{self.at(step)}: {kind} over {group!r}; the mesh has {', '.join(mesh.names)}"
                 continue
-            if [r.op for r in self.readers.get(step.outputs[0] or 0, [])] != [WAIT]:
+            if [r.op for r in self.read_by(step)] != [WAIT]:
                 yield f"{self.at(step)}: {kind} is not waited for once, before it is read"
             if kind in ("all_gather", "reduce_scatter") and step.args[-2] != mesh.size(group):
                 yield f"{self.at(step)}: {kind} among {step.args[-2]} ranks; {group} has {mesh.size(group)}"
