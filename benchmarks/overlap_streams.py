@@ -82,8 +82,8 @@ def choose(units: Sequence[Unit], seconds: float) -> Played:
 
 
 def as_played(graph: TaskGraph, played: dict[str, Played]) -> TaskGraph:
-    """The graph with the seconds of what stands for its tasks; contention is what is measured, so none."""
-    tasks = tuple(replace(task, seconds=played[task.name].seconds, beside=1.0) for task in graph.tasks)
+    """The graph with the seconds of what stands for its tasks; contention and power are what is measured, so none."""
+    tasks = tuple(replace(task, seconds=played[task.name].seconds, beside=1.0, power=0.0) for task in graph.tasks)
     return replace(graph, tasks=tasks)
 
 

@@ -13,6 +13,7 @@ from typing import Final
 from atomc.models.deepseek_v4.config import DeepseekV4Config
 from atomc.parallel.layout import Layout
 from atomc.parallel.tasks import Schedule
+from atomc.passes.overlap import OverlapError
 from atomc.planning.step import Step, form_of, schedule
 from atomc.targets import Target
 
@@ -46,8 +47,8 @@ class Decision:
         return self.halves if self.on and self.halves is not None else self.whole
 
 
-def decide(config: DeepseekV4Config, layout: Layout, target: Target, step: Step) -> Decision:
-    """Whether a step runs in halves."""
+def decide(config: DeepseekV4Config, layout: Layout, target: Target, step: Step, limit: int | None = None) -> Decision:
+    """Whether a step runs in halves; `limit`: bytes of buffers that a region of them may have."""
     form = form_of(layout, target, step.phase)
     whole = schedule(config, layout, target, step.whole, form=form)
     parts = step.halves
@@ -57,7 +58,10 @@ def decide(config: DeepseekV4Config, layout: Layout, target: Target, step: Step)
         return Decision(step, whole, None, False, "tbo=prefill leaves decode whole")
     if parts is None:
         return Decision(step, whole, None, False, "it has no two halves")
-    halves = schedule(config, layout, target, parts, form=form)
+    try:
+        halves = schedule(config, layout, target, parts, limit, form=form)
+    except OverlapError as error:
+        return Decision(step, whole, None, False, f"two halves do not fit into memory: {error}")
     gain = whole.seconds / halves.seconds - 1
     if layout.tbo != "auto":
         return Decision(step, whole, halves, True, f"tbo={layout.tbo}; {gain:+.1%} predicted")

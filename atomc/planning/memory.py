@@ -28,6 +28,10 @@ class RankMemory:
         """Requests that a rank holds."""
         return max(0, int((self.usable - self.weights - self.step) // self.request))
 
+    def left(self, requests: int) -> int:
+        """Bytes that a step may have beside weights and so many requests."""
+        return int(self.usable - self.weights - requests * self.request)
+
     def at(self, requests: int) -> float:
         """Bytes with so many requests."""
         return self.weights + self.step + requests * self.request

@@ -129,12 +129,15 @@ def _row(config: DeepseekV4Config, layout: Layout, target: Target, workload: Wor
         return Row(layout, 0, memory.at(1))
     mine = -(-fits // layout.dp)  # requests of the fullest rank
     tokens = min(BUDGET, mine * workload.prompt)
-    prefill = decide(config, layout, target, _prefill(tokens, workload.prompt, min(fits, layout.dp)))
-    decode = decide(config, layout, target, Step(mine, mine, workload.prompt + workload.answer // 2, live=fits))
+    steps = (
+        _prefill(tokens, workload.prompt, min(fits, layout.dp)),
+        Step(mine, mine, workload.prompt + workload.answer // 2, live=fits),
+    )
+    prefill, decode = (decide(config, layout, target, step, memory.left(mine)) for step in steps)
     rounds = workload.concurrency / fits
-    steps = mine * workload.prompt / tokens
+    times = mine * workload.prompt / tokens
     return Row(
-        layout, fits, memory.at(mine), prefill, decode, rounds * steps * prefill.chosen.seconds,
+        layout, fits, memory.at(mine), prefill, decode, rounds * times * prefill.chosen.seconds,
         rounds * workload.answer * decode.chosen.seconds, workload.concurrency * context,
     )  # fmt: skip
 

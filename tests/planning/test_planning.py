@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -115,6 +116,30 @@ def test_prefill_gains_and_small_decode_is_declined(config: Any, layout: str) ->
     assert -0.5 < off.gain < -0.09
     assert "weights read twice" in off.why
     assert off.chosen is off.whole
+
+
+def test_halves_that_do_not_fit_are_declined() -> None:
+    layout, step = parse_layout("dp=8,moe=tp,tbo=auto"), Step(8192, 1, 8192)
+    free = decide(FLASH, layout, MI355X, step)
+    assert free.halves is not None
+    tight = decide(FLASH, layout, MI355X, step, free.halves.peak - 1)
+    assert tight.halves is None or tight.halves.peak < free.halves.peak
+    none = decide(FLASH, layout, MI355X, step, 1000)
+    assert (none.on, none.halves) == (False, None)
+    assert "two halves do not fit into memory" in none.why
+
+
+@pytest.mark.slow
+def test_the_table_of_gains_is_what_is_predicted(repo_root: Path) -> None:
+    """docs/planning.md, as it rounds them."""
+    rows = re.findall(r"^\| (Flash|Pro) `(\S+)` \|(.*)\|$", (repo_root / "docs" / "planning.md").read_text(), re.M)
+    assert len(rows) == 6
+    steps = [Step(8192, 1, 8192), Step(4096, 1, 4096), *(Step(n, n, 8192) for n in (32, 128, 512))]
+    for name, layout, cells in rows:
+        config = {"Flash": FLASH, "Pro": PRO}[name]
+        gains = [decide(config, parse_layout(f"{layout},tbo=auto"), MI355X, step).gain for step in steps]
+        shown = [f"{100 * gain:+.0f} %".replace("-", "−") for gain in gains]
+        assert [cell.strip() for cell in cells.split("|")] == shown, (name, layout)
 
 
 def test_a_step_is_its_regions_schedules() -> None:

@@ -48,11 +48,14 @@ class Halves:
     unit: Compiled
     parts: list[Part]
 
-    def step(self, batches: list[Batch], caches: list[Caches], most: int, by_requests: bool = False) -> list[Tensor]:
-        """Logits on every rank; `most`: tokens of the fullest rank."""
-        cuts = [middle(batch.query_start, by_requests=by_requests) for batch in batches]
-        split = [split_batch(batch, cut) for batch, cut in zip(batches, cuts, strict=True)]
-        rows = [max(h[half].ids.shape[0] for h in split) for half in (0, 1)] if by_requests else list(half_rows(most))
+    def step(
+        self, batches: list[Batch], caches: list[Caches], most: int, by_requests: bool = False, cut: int | None = None
+    ) -> list[Tensor]:
+        """Logits on every rank; `most`: tokens of the fullest rank. `cut`: after so many tokens, not at the middle."""
+        cuts = [middle(batch.query_start, by_requests=by_requests) if cut is None else cut for batch in batches]
+        split = [split_batch(batch, at) for batch, at in zip(batches, cuts, strict=True)]
+        own = [max(h[half].ids.shape[0] for h in split) for half in (0, 1)]
+        rows = list(half_rows(most)) if cut is None and not by_requests else own
         values: list[list[dict[str, Any]]] = [[{}, {}] for _ in batches]
         carried: list[list[Any]] = [[] for _ in batches]
         for part in self.parts:
