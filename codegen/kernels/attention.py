@@ -401,7 +401,8 @@ def _attend_apart(device: Device, given: dict[str, Any], constants: dict[str, An
              "FLOOR", "NARROW", "BODY")  # fmt: skip
     args = {k: v for k, v in given.items() if k not in ("part", "stats")} | {"items": items}
     kept = {name: constants[name] for name in names} | APART
-    device.launch(attend_apart, (min(device.target.compute_units, items),), args, kept, warps=4)
+    programs = min(device.target.compute_units, device.tokens * cdiv(constants["H"], 64))
+    device.launch(attend_apart, (programs,), args, kept, warps=4)
 
 
 def _attend_records(

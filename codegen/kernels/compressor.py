@@ -199,7 +199,7 @@ def pool_insert(
 
 
 FEW: Final = 8  # tokens of a window that one program reads at once
-COLUMNS: Final = 64  # channels of a program that pools longer ones
+COLUMNS: Final = 32  # channels of a program that pools longer ones: 128 tokens of them at once, in registers
 
 
 def compressor_pool_norm_rope_insert(
@@ -221,9 +221,9 @@ def compressor_pool_norm_rope_insert(
     pooled = device.empty((ends.shape[0], d), torch.float32) if long else None
     if long:
         some = min(block, COLUMNS)
-        constants = {**pooling, "BLOCK": some, "CHUNK": min(power_of_two(ring), 32)}
+        constants = {**pooling, "BLOCK": some, "CHUNK": min(power_of_two(ring), 128)}
         grid = (ends.shape[0], cdiv(d, some))
-        device.launch(pool_columns, grid, {**window, "pooled": pooled, **where}, constants, warps=4)
+        device.launch(pool_columns, grid, {**window, "pooled": pooled, **where}, constants, warps=8)
     codes, scales, wide = row_views(cache, rows)
     args = {
         **window, "pooled": pooled, "weight": weight, "cos": cos, "sin": sin, "codes": codes, "scales": scales,
