@@ -400,6 +400,7 @@ def summary(points: Sequence[Point]) -> dict[str, Any]:
     return {
         "points": len(points),
         "with_a_problem": sum(bool(point.problems) for point in points),
+        "mended": sum(bool(point.mended) for point in points),
         "signals": counts([point.signal for point in points]),
         "targets": counts(
             ["front end" if FRONT in p.targets else f"{len(p.targets)} of {p.nproc} ranks" for p in points]
