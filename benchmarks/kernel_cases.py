@@ -20,6 +20,7 @@ from torch import Tensor
 from atomc.codegen.device import Device
 from atomc.codegen.hosts import HOSTS, host_of
 from atomc.codegen.kernels import moe
+from atomc.codegen.kernels.moe_config import choose
 from atomc.codegen.kernels.moe_sort import sort
 from atomc.formats import FP4_ACTIVATION, FP8_ACTIVATION, FP8_TILE, MXFP4
 from atomc.models.deepseek_v4.config import DeepseekV4Config
@@ -188,7 +189,7 @@ def sorts(c: DeepseekV4Config) -> Iterator[Case]:
     e, d, k = c.n_routed_experts, c.hidden_size, c.num_experts_per_tok
 
     def host(device: Device, codes: Tensor, scales: Tensor, indices: Tensor) -> tuple[Tensor, ...]:
-        bm = moe.choose(device, k, e, fused=True, eights=False).bm
+        bm = choose(device, k, e, fused=True, eights=False).bm
         kind = moe.kind_of(device, MXFP4, FP8_ACTIVATION, d, bm)
         found = sort(device, codes, scales, FP8_ACTIVATION, indices, e, bm, kind)
         return found.order, found.plan, found.x, found.scales

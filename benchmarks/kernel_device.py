@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 import atomc.codegen
@@ -55,6 +56,7 @@ def build(folder: Path, variants: Iterable[Variant], target: Target, jobs: int |
     if stamp.exists() and stamp.read_text() != sources():
         raise SystemExit(f"{folder} holds kernels of other sources: remove it.")
     stamp.write_text(sources())
+    (folder / "triton.txt").write_text(triton.__version__)
     wanted = {label(v): v for v in variants}
     missing = {name: v for name, v in wanted.items() if not (folder / "kernels" / f"{name}.bin").exists()}
 
@@ -87,6 +89,11 @@ class BuiltDevice:
         self._folder, self._facts = folder, read_kernels(folder)
         self._loaded: dict[Variant, Kernel] = {}
         self.made: set[str] = set()
+
+    @property
+    def triton(self) -> str:
+        """The version that compiled them."""
+        return (self._folder / "triton.txt").read_text()
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Memory as it is: to poison it would be timed too."""

@@ -28,8 +28,12 @@ REACH: Final = 4  # a bucket takes what was measured for one of up to so many ti
 FEW: Final = 64  # but not across this number of them, where the forms of the kernels change
 
 
-class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The best configuration of one kernel, problem and bucket, with its time and that of the static model's, in s."""
+class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """The best configuration of one kernel, problem and bucket, with its time and that of the static model's, in s.
+
+    Attributes:
+        triton: the version that compiled it, where that is not the table's: binaries may come from another machine.
+    """
 
     kernel: str
     problem: dict[str, int | str]
@@ -37,6 +41,7 @@ class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     config: dict[str, int | bool]
     seconds: float
     static_seconds: float
+    triton: str = ""
 
 
 class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -81,7 +86,7 @@ def tuned(
     if not near:
         return None
     entry = min(near, key=lambda e: abs(math.log(e.tokens / tokens)))
-    return dict(entry.config), f"tuned on {table.device} with Triton {table.triton}"
+    return dict(entry.config), f"tuned on {table.device} with Triton {entry.triton or table.triton}"
 
 
 @cache

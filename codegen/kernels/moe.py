@@ -23,6 +23,7 @@ from torch import Tensor
 
 from atomc.codegen.device import Device, cdiv, power_of_two
 from atomc.codegen.kernels.common import TL, e2m1_value, e8m0_byte
+from atomc.codegen.kernels.moe_config import Config, Part, choose, measured, problem_of
 from atomc.codegen.kernels.moe_product import (
     eights_product,
     fours_product,
@@ -120,7 +121,11 @@ def expert_product(
     """
     KP: tl.constexpr = K if KIND == "plain" else (K + 127) // 128 * 128
     STEPS: tl.constexpr = (KP + BK - 1) // BK
-    first, stop = STEPS * split // SPLIT, STEPS * (split + 1) // SPLIT
+    if STEPS % SPLIT == 0:
+        first = STEPS // SPLIT * split
+        stop = first + STEPS // SPLIT
+    else:
+        first, stop = STEPS * split // SPLIT, STEPS * (split + 1) // SPLIT
     last: tl.constexpr = ROWS - 1
     FINE: tl.constexpr = GROUP == 32
     whole = expert.to(tl.int64) * ROWS
@@ -135,8 +140,8 @@ def expert_product(
         w += whole * (K // 2)
         w_scale += expert.to(tl.int64) * (ROWS * ((K + 31) // 32) // (4 if WORDS else 1))
         acc, other = fours_product(
-            x, x_scale, row, keep, M, w, w_scale, n, up, last, first, stop, K, KP, BN, BM, PAIR, FINE, CHUNK, WORDS,
-            ASM,
+            x, x_scale, row, keep, M, w, w_scale, n, up, last, first, stop, K, KP, BN, BM, BK, PAIR, FINE, CHUNK,
+            WORDS, ASM,
         )  # fmt: skip
     elif KIND == "sixteens":
         w += whole * (K // 8)
@@ -275,44 +280,6 @@ def sum_choices(y, out, N: tl.constexpr, CHOICES: tl.constexpr, BLOCK: tl.conste
 # -- host --------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Config:
-    """How the products are cut: BM tokens a tile; BN rows (`experts_in`: of gate and of up each), warps and stages.
-
-    Attributes:
-        split: parts of the columns of w13 that programs of their own sum. fused: `experts_in` ends with SwiGLU.
-    """
-
-    bm: int
-    bn_in: int
-    warps_in: int
-    stages_in: int
-    bn_out: int
-    warps_out: int
-    stages_out: int
-    split: int = 1
-    fused: bool = True
-
-
-def choose(device: Device, choices: int, experts: int, fused: bool, eights: bool) -> Config:
-    """A configuration for a bucket; `fused`: whether the inner layout's groups fit a tile of 128 rows."""
-    pairs = device.tokens * choices
-    rows = pairs / experts  # of an expert, if all are alike
-    few = pairs <= 16  # few experts: programs with fewer rows, or parts of the columns, fill the device
-    bm = 16 if rows <= 12 else 32 if rows <= 40 else 64
-    if device.target.vendor == "amd":
-        if few:
-            return Config(16, 64, 4, 2, 64, 4, 2, split=2, fused=False)
-        return Config(bm, 128, 4, 2, 128, 4, 2, fused=fused)
-    if device.target.mx == "native":  # its scaled instructions have 128 rows
-        if bm == 16:
-            return Config(16, 128, 4, 4, 128, 4, 4, split=4 if few else 1, fused=fused and not few)
-        bm = 32 if eights else bm
-    elif bm == 16:  # bound by memory: several programs on a multiprocessor, of few registers each
-        return Config(16, 64, 4, 4, 64 if few else 128, 4, 4, split=2 if few else 1, fused=False)
-    return Config(bm, 128, 8, 3, 128, 8, 3, fused=fused)
-
-
 def kind_of(device: Device, weight: Layout, act: Layout, k: int, bm: int) -> str:
     """Which product of `moe_product` multiplies a matrix with k columns and tiles of bm tokens."""
     if multiplies_mx(device, weight, act):
@@ -323,9 +290,7 @@ def kind_of(device: Device, weight: Layout, act: Layout, k: int, bm: int) -> str
     return "sixteens" if bm >= 32 and folds and k % 8 == 0 else "fours"
 
 
-def weight_constants(
-    device: Device, layout: Layout, act: Layout, k: int, bm: int, warps: int, bn: int
-) -> dict[str, Any]:
+def weight_constants(device: Device, layout: Layout, act: Layout, k: int, bm: int, part: Part) -> dict[str, Any]:
     """What `expert_product` must know of a matrix with k columns.
 
     Raises:
@@ -340,13 +305,14 @@ def weight_constants(
     if act.element.name not in ("e2m1", "e4m3", "e4m3fnuz") or act.columns not in (0, 32, 128) or act.rows != 1:
         raise ValueError(f"{act}: activations of experts have one scale for 32 or 128 columns, or for a row")
     kind = kind_of(device, layout, act, k, bm)
-    lanes = warps * device.target.wavefront
+    lanes = part.warps * device.target.wavefront
     # Of packed codes 128 columns are half a cache line of AMD's.
-    long = kind == "mx" and four and bm == 16 and k % 256 == 0 and device.target.vendor == "amd"
+    long = kind == "mx" and four and bm == 16 and device.target.vendor == "amd"
+    blocks = 2 if k % 256 == 0 and (long or (kind == "fours" and part.blocks == 2)) else 1
     return {
-        "KIND": kind, "BK": 256 if long else 128, "GROUP": act.columns or padded(k),
+        "KIND": kind, "BK": 128 * blocks, "GROUP": act.columns or padded(k),
         "FORM": act.element.name.removesuffix("fnuz"), "LEFT": layout.element.name.removesuffix("fnuz"),
-        "TILE": layout.rows, "WIDTH": layout.columns, "CHUNK": min(bn, lanes // 2),
+        "TILE": layout.rows, "WIDTH": layout.columns, "CHUNK": min(part.rows, lanes // 2),
         "WORDS": kind in ("fours", "sixteens") and k % 128 == 0,
         "ASM": ASM and device.target.vendor == "nvidia",
     }  # fmt: skip
@@ -399,7 +365,9 @@ def scaled_moe_experts(
         matrices = (w13, w13_scales, w2, w2_scales)
         y = moe_hopper.products(device, codes, scales, *matrices, indices, weights, limit, outer, inner, dtype)
         return _sum(device, y)
-    config = choose(device, choices, experts, fused=inner.columns in (32, 128), eights=eights)
+    problem = problem_of(experts, choices, d, i, (layout, inner_layout, w13_layout, w2_layout))
+    static = choose(device, choices, experts, fused=inner.columns in (32, 128), eights=eights)
+    config = measured(device, problem) or static
     kind = kind_of(device, l13, outer, k, config.bm)
     rows = sort(device, codes, scales, outer, indices, experts, config.bm, kind)
     whole = power_of_two(padded(i)) if inner.columns == 0 else 128
@@ -408,11 +376,9 @@ def scaled_moe_experts(
         a = empty_wide(device, t * choices, i, inner, kind_of(device, l2, inner, i, config.bm))
     else:
         a = empty_pair(device, (t * choices, i), str(inner))
-    shared = weight_constants(device, l13, outer, k, config.bm, config.warps_in, config.bn_in)
-    first = Matrix(**weight_args(w13, w13_scales, shared), constants=shared, k=k)
+    first = matrix_of(device, (w13, w13_scales), l13, outer, k, config.bm, config.first)
     launch_in(device, rows, first, weights, config, a, end, whole, limit, dtype)
-    shared = weight_constants(device, l2, inner, i, config.bm, config.warps_out, config.bn_out)
-    second = Matrix(**weight_args(w2, w2_scales, shared), constants=shared, k=i)
+    second = matrix_of(device, (w2, w2_scales), l2, inner, i, config.bm, config.second)
     return launch_out(device, rows, second, a, config, (t, choices, d), dtype)
 
 
@@ -430,6 +396,14 @@ class Matrix:
     k: int
 
 
+def matrix_of(
+    device: Device, codes: tuple[Tensor, Tensor], layout: Layout, act: Layout, k: int, bm: int, part: Part
+) -> Matrix:
+    """A matrix with k columns, as the product of activations in a layout and tiles of bm tokens reads it."""
+    constants = weight_constants(device, layout, act, k, bm, part)
+    return Matrix(**weight_args(*codes, constants), constants=constants, k=k)
+
+
 Rows = tuple[Tensor, Tensor | None]  # what w2 multiplies, in sorted order: `wide`, or codes and scales, or values
 
 
@@ -439,7 +413,8 @@ def launch_in(
 ) -> None:  # fmt: skip
     """What w2 multiplies -> a. end: what `store_inner` must know; whole: columns that `inner_rows` takes at once."""
     i, (pairs, choices) = end["INNER"], (weights.numel(), weights.shape[1])
-    partial = None if config.fused else device.empty((config.split, pairs, 2 * i), torch.float32)
+    part = config.first
+    partial = None if config.fused else device.empty((part.splits, pairs, 2 * i), torch.float32)
     given = {"LIMIT": limit, "DTYPE": TL[dtype]}
     made = {"codes": unsigned(a[0]), "scales": a[1]}
     args: dict[str, Any] = {
@@ -447,30 +422,31 @@ def launch_in(
         "plan": rows.plan, "weights": weights, **made, "partial": partial, "PAIRS": pairs,
     }  # fmt: skip
     constants = {
-        "CHOICES": choices, **given, "K": w13.k, "SPLIT": config.split, "FUSED": config.fused, "BN": config.bn_in,
+        "CHOICES": choices, **given, "K": w13.k, "SPLIT": part.splits, "FUSED": config.fused, "BN": part.rows,
         "BM": config.bm, **w13.constants, **end,
     }  # fmt: skip
-    grid = (rows.tiles * cdiv(i, config.bn_in) * config.split,)
-    device.launch(experts_in, grid, args, constants, warps=config.warps_in, stages=config.stages_in)
+    grid = (rows.tiles * cdiv(i, part.rows) * part.splits,)
+    device.launch(experts_in, grid, args, constants, part.warps, part.stages, config.origin)
     if partial is not None:
         args = {"partial": partial, "order": rows.order, "weights": weights, **made, "PAIRS": pairs}
-        constants = {**given, "SPLIT": config.split, "C": whole, **end}
-        device.launch(inner_rows, (pairs, cdiv(padded(i), whole)), args, constants, warps=max(min(whole // 128, 8), 1))
+        constants = {**given, "SPLIT": part.splits, "C": whole, **end}
+        warps = max(min(whole // 128, 8), 1)
+        device.launch(inner_rows, (pairs, cdiv(padded(i), whole)), args, constants, warps, origin=config.origin)
 
 
 def launch_out(
     device: Device, rows: Sorted, w2: Matrix, a: Rows, config: Config, shape: tuple[int, int, int], dtype: torch.dtype
 ) -> Tensor:
     """The products with w2 [pairs, d], and their sums [t, d] in fp32. shape: (t, choices, d)."""
-    t, choices, d = shape
+    (t, choices, d), part = shape, config.second
     y = device.empty(shape, dtype)
     args = {
         "x": unsigned(a[0]), "x_scale": a[1], "w": w2.w, "w_scale": w2.w_scale, "order": rows.order, "plan": rows.plan,
         "out": y, "PAIRS": t * choices,
     }  # fmt: skip
-    constants = {"K": w2.k, "N": d, "BN": config.bn_out, "BM": config.bm, **w2.constants}
-    grid = (rows.tiles * cdiv(d, config.bn_out),)
-    device.launch(experts_out, grid, args, constants, warps=config.warps_out, stages=config.stages_out)
+    constants = {"K": w2.k, "N": d, "BN": part.rows, "BM": config.bm, **w2.constants}
+    grid = (rows.tiles * cdiv(d, part.rows),)
+    device.launch(experts_out, grid, args, constants, part.warps, part.stages, config.origin)
     return _sum(device, y)
 
 

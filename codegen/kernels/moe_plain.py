@@ -13,7 +13,8 @@ from torch import Tensor
 
 from atomc.codegen.device import Device
 from atomc.codegen.kernels.gemm import precision_of
-from atomc.codegen.kernels.moe import Matrix, choose, launch_in, launch_out
+from atomc.codegen.kernels.moe import Matrix, launch_in, launch_out
+from atomc.codegen.kernels.moe_config import choose
 from atomc.codegen.kernels.moe_sort import sort
 
 WHOLE = 512  # columns of SwiGLU at once, where it has a kernel of its own

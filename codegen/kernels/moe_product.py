@@ -73,6 +73,15 @@ def halves(byte, BN: tl.constexpr, W: tl.constexpr):
 
 
 @triton.jit
+def block_of(codes, block: tl.constexpr, BN: tl.constexpr, BLOCKS: tl.constexpr):
+    """[BN, 64] bytes of one of BLOCKS blocks of 128 columns, one or two."""
+    if BLOCKS == 2:
+        left, right = halves(codes, BN, 128)
+        codes = left if block == 0 else right
+    return codes
+
+
+@triton.jit
 def fours_group(byte, x, BN: tl.constexpr, ASM: tl.constexpr):
     """[BN, 16] bytes times x [32, BM] in the order of `wide`, without the scale."""
     both = tl.join(low_codes(byte, x.dtype, ASM), high_codes(byte, x.dtype, ASM))
@@ -146,45 +155,66 @@ def weight_tile(w, row, last, k, STRIDE: tl.constexpr, W: tl.constexpr):
 @triton.jit
 def fours_product(
     x, x_scale, row, keep, M, w, w_scale, n, up, last, first, stop, K: tl.constexpr, KP: tl.constexpr, BN: tl.constexpr,
-    BM: tl.constexpr, PAIR: tl.constexpr, FINE: tl.constexpr, CHUNK: tl.constexpr, WORDS: tl.constexpr,
-    ASM: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr, PAIR: tl.constexpr, FINE: tl.constexpr, CHUNK: tl.constexpr,
+    WORDS: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Rows n .. n + BN of w [rows, K], and with PAIR rows `up` .., times rows `row` of x: two [BN, BM] in fp32.
 
-    Blocks of 128 columns first .. stop; scales of the next block are loaded before this one's products.
+    Steps of BK columns first .. stop, BK one or two blocks of 128. Scales of the next step are loaded before the
+    products of this one.
     """
     G: tl.constexpr = (K + 31) // 32
+    BLOCKS: tl.constexpr = BK // 128
+    FOLD: tl.constexpr = 4 if FINE else 1  # scales of x for 128 columns
+    end = stop * BLOCKS - 1
     acc = tl.zeros((BN, BM), tl.float32)
     other = acc
     x += row[None, :] * KP + tl.arange(0, 32)[:, None]
-    FOLD: tl.constexpr = 4 if FINE else 1  # scales of 128 columns
     rows = tl.arange(0, BN)
-    word = words_of(w_scale, n, last, first, BN, CHUNK, G, WORDS)
-    word_up = word
+    k = first * BLOCKS
+    word = words_of(w_scale, n, last, k, BN, CHUNK, G, WORDS)
+    second, word_up, second_up = word, word, word
     if PAIR:
-        word_up = words_of(w_scale, up, last, first, BN, CHUNK, G, WORDS)
-    s0 = tl.load(x_scale + FOLD * M * first + row)
-    for k in range(first, stop):
-        x0 = tl.load(x + 128 * k, mask=keep[None, :], other=0.0)
-        x1 = tl.load(x + 128 * k + 32, mask=keep[None, :], other=0.0)
-        x2 = tl.load(x + 128 * k + 64, mask=keep[None, :], other=0.0)
-        x3 = tl.load(x + 128 * k + 96, mask=keep[None, :], other=0.0)
-        s1, s2, s3 = s0, s0, s0
-        if FINE:
-            s1 = tl.load(x_scale + M * (4 * k + 1) + row)
-            s2 = tl.load(x_scale + M * (4 * k + 2) + row)
-            s3 = tl.load(x_scale + M * (4 * k + 3) + row)
-        ahead = tl.minimum(k + 1, stop - 1)
-        byte = weight_tile(w, n + rows, last, k, K // 2, 64)
-        next_word = words_of(w_scale, n, last, ahead, BN, CHUNK, G, WORDS)
-        next_s0 = tl.load(x_scale + FOLD * M * ahead + row)
+        word_up = words_of(w_scale, up, last, k, BN, CHUNK, G, WORDS)
+    if BLOCKS == 2:
+        second = words_of(w_scale, n, last, k + 1, BN, CHUNK, G, WORDS)
         if PAIR:
-            byte_up = weight_tile(w, up + rows, last, k, K // 2, 64)
-            next_up = words_of(w_scale, up, last, ahead, BN, CHUNK, G, WORDS)
-            other += fours_block(byte_up, x0, x1, x2, x3, word_up, s0, s1, s2, s3, BN, FINE, ASM)
-            word_up = next_up
-        acc += fours_block(byte, x0, x1, x2, x3, word, s0, s1, s2, s3, BN, FINE, ASM)
-        word, s0 = next_word, next_s0
+            second_up = words_of(w_scale, up, last, k + 1, BN, CHUNK, G, WORDS)
+    s0 = tl.load(x_scale + FOLD * M * k + row)
+    for step in range(first, stop):
+        codes = weight_tile(w, n + rows, last, step, K // 2, BK // 2)
+        codes_up = codes
+        if PAIR:
+            codes_up = weight_tile(w, up + rows, last, step, K // 2, BK // 2)
+        for block in tl.static_range(BLOCKS):
+            k = step * BLOCKS + block
+            x0 = tl.load(x + 128 * k, mask=keep[None, :], other=0.0)
+            x1 = tl.load(x + 128 * k + 32, mask=keep[None, :], other=0.0)
+            x2 = tl.load(x + 128 * k + 64, mask=keep[None, :], other=0.0)
+            x3 = tl.load(x + 128 * k + 96, mask=keep[None, :], other=0.0)
+            s1, s2, s3 = s0, s0, s0
+            if FINE:
+                s1 = tl.load(x_scale + M * (4 * k + 1) + row)
+                s2 = tl.load(x_scale + M * (4 * k + 2) + row)
+                s3 = tl.load(x_scale + M * (4 * k + 3) + row)
+            next_s0 = tl.load(x_scale + FOLD * M * tl.minimum(k + 1, end) + row)
+            ahead = tl.minimum(k + BLOCKS, end)
+            after = words_of(w_scale, n, last, ahead, BN, CHUNK, G, WORDS)
+            if PAIR:
+                after_up = words_of(w_scale, up, last, ahead, BN, CHUNK, G, WORDS)
+                byte = block_of(codes_up, block, BN, BLOCKS)
+                other += fours_block(byte, x0, x1, x2, x3, word_up, s0, s1, s2, s3, BN, FINE, ASM)
+                if BLOCKS == 2:
+                    word_up, second_up = second_up, after_up
+                else:
+                    word_up = after_up
+            byte = block_of(codes, block, BN, BLOCKS)
+            acc += fours_block(byte, x0, x1, x2, x3, word, s0, s1, s2, s3, BN, FINE, ASM)
+            if BLOCKS == 2:
+                word, second = second, after
+            else:
+                word = after
+            s0 = next_s0
     unit: tl.constexpr = 128.0 if x.dtype.element_ty == tl.float8e4b8 else 64.0
     return acc * unit, other * unit
 

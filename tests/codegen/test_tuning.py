@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -11,9 +14,11 @@ import torch
 
 pytest.importorskip("triton", reason="kernels are compiled by triton, which is an extra")
 
+from atomc.codegen import tuning
 from atomc.codegen.device import Recorder
 from atomc.codegen.kernels import gemm
 from atomc.codegen.kernels.gemm import Tiles
+from atomc.codegen.kernels.moe_config import Config, Part
 from atomc.codegen.tuning import FOLDER, STATIC, Entry, Table, table_of, trial, tuned
 from atomc.targets import TARGETS, get_target
 from benchmarks.tune import write
@@ -54,8 +59,12 @@ def test_a_table_is_of_its_gpu_and_its_configurations_are_whole(path: object) ->
     assert table is not None and table.target == name and table.entries
     names = {f.name for f in fields(Tiles)} - {"origin"}
     for entry in table.entries:
-        assert set(entry.config) == names and 0 < entry.seconds <= entry.static_seconds
-        assert Tiles(**entry.config).rows in (64, 128, 256)  # type: ignore[arg-type]
+        assert 0 < entry.seconds <= entry.static_seconds
+        if entry.kernel == "experts":
+            assert Config.of(entry.config, "").table == entry.config
+        else:
+            assert set(entry.config) == names
+            assert Tiles(**entry.config).rows in (64, 128, 256)  # type: ignore[arg-type]
     keys = [(e.kernel, tuple(sorted(e.problem.items())), e.tokens) for e in table.entries]
     assert len(keys) == len(set(keys))
 
@@ -92,3 +101,69 @@ def test_a_second_run_is_put_beside_the_first(tmp_path: Path, monkeypatch: pytes
     table = msgspec.json.decode(path.read_bytes(), type=Table)
     assert table.entries == [again, second]
     assert table.commands == ["benchmarks/tune.py --models m"] * 2
+
+
+class Origins(Recorder):
+    """Keeps who chose each launch."""
+
+    def launch(self, kernel: Any, grid: Any, args: Any, constants: Any, *rest: Any, **more: Any) -> None:
+        super().launch(kernel, grid, args, constants, *rest, **more)
+        origin = rest[2] if len(rest) > 2 else more.get("origin", STATIC)
+        self.origins = {
+            **getattr(self, "origins", {}),
+            kernel.fn.__name__: (origin, dict(self.launches[-1][0].constants)),
+        }
+
+
+@pytest.fixture
+def tuner(repo_root: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(sys, "path", [str(repo_root), *sys.path])
+    return importlib.import_module("benchmarks.tune_experts")
+
+
+@pytest.mark.parametrize("tokens", [16, 64])
+def test_experts_take_what_was_measured_for_them(tuner: Any, monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
+    problem = next(p for p in tuner.problems(["deepseek-v4-flash"]) if p.tokens == tokens)
+    config = Config(8, Part(64, 4, 5, splits=2, blocks=2), Part(32, 2, 3), fused=False)
+    entry = Entry("experts", problem.key, tokens, config.table, 1.0, 1.0)
+    monkeypatch.setattr(tuning, "table_of", lambda _: Table("h100", "this", "", "3", [], "", [entry]))
+    device = Origins(get_target("h100"), tokens)
+    problem.calls(device, 2, "meta")[0]()
+    told = "tuned on this with Triton 3"
+    origin, constants = device.origins["experts_in"]
+    assert origin == told and (constants["BM"], constants["BN"], constants["BK"], constants["SPLIT"]) == (8, 64, 256, 2)
+    origin, constants = device.origins["experts_out"]
+    assert origin == told and (constants["BM"], constants["BN"], constants["BK"]) == (8, 32, 128)
+    assert device.origins["inner_rows"][0] == told and device.origins["inner_rows"][1]["SPLIT"] == 2
+    assert device.origins["sort_few"][1]["BM"] == 8
+    assert [(v.warps, v.stages) for v in device.variants if v.name in tuner.PRODUCTS] == [(4, 5), (2, 3)]
+
+
+def test_candidates_of_experts_begin_with_the_static_model(tuner: Any) -> None:
+    for problem in tuner.problems(["deepseek-v4-flash", "deepseek-v4-pro"]):
+        device = Recorder(get_target("h100"), problem.tokens)
+        found = problem.candidates(device)
+        assert found[0].origin == STATIC and len(found) == len(set(found)) > 4
+        with trial("experts", found[-1].table):
+            problem.calls(device, 1, "meta")[0]()
+        launched = {variant.name: dict(variant.constants) for variant in device.variants}
+        assert launched["experts_in"]["BN"] == found[-1].first.rows
+        assert launched["experts_out"]["BN"] == found[-1].second.rows
+
+
+def test_the_tuner_writes_what_the_compiler_reads(tuner: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tune = importlib.import_module("benchmarks.tune")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "this")
+    problem = next(iter(tuner.problems(["deepseek-v4-flash"])))
+    config = problem.candidates(Recorder(get_target("h100"), problem.tokens))[-1]
+    entries = [Entry("experts", problem.key, tokens, config.table, 1.0, 2.0, "3") for tokens in (64, 16)]
+    path = tmp_path / "h100.json"
+    tune.write(path, "h100", entries[:1])
+    tune.write(path, "h100", entries[1:])
+    monkeypatch.setattr(tuning, "FOLDER", tmp_path)
+    table_of.cache_clear()
+    try:
+        table = table_of(get_target("h100"))
+    finally:
+        table_of.cache_clear()
+    assert table is not None and table.entries == entries[::-1] and table.device == "this"

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from atomc.codegen.device import Device
 from atomc.codegen.kernels import moe, swiglu
+from atomc.codegen.kernels.moe_config import Config, Part
+from atomc.codegen.tuning import trial
 from atomc.formats import FP4_ACTIVATION, FP8_ACTIVATION, FP8_CHANNEL, FP8_TILE, FP8_TILE_F32, MXFP4, Layout, quantize
 from tests.support.kernel_cases import Case, as_on
 
@@ -110,6 +112,29 @@ def case(name: str, make: Callable[[], list[Any]], target: str = "h100", tokens:
     )
 
 
+def cut(bm: int, first: Part, second: Part) -> Callable[..., Any]:
+    """The operator with parts that are cut in a way that only a GPU's table may ask for."""
+
+    def run(device: Device, *given: Any) -> Any:
+        with trial("experts", Config(bm, first, second, fused=False).table):
+            return moe.scaled_moe_experts(device, *given)
+
+    return run
+
+
+def finer(
+    name: str,
+    make: Callable[[], list[Any]],
+    first: Part,
+    second: Part,
+    target: str = "h100",
+    slow: bool = False,
+    bm: int = 16,
+) -> Case:
+    host = as_on(target, cut(bm, first, second))
+    return Case(f"experts cut finer {name}", "scaled_moe_experts", host, make, tokens=16, slow=slow, **BOUNDS)
+
+
 def precise(act: Layout) -> torch.dtype:
     """With scales that are no powers of two the reference rounds what it dequantises to bf16, which no kernel does."""
     return F32 if act.scale == "float32" else BF16
@@ -185,6 +210,18 @@ CASES = [
          tokens=200, slow=True),
     case("experts folded NaN scales", apart(experts(200, 2, 4, 512, 512, BF16), 20, 105, zeros=True, spoil=True),
          tokens=200, slow=True),
+    # What the static model does not choose: steps of two blocks, more parts of the columns, one warp for a few rows.
+    finer("two blocks", experts(5, 2, 4, 512, 256, BF16), Part(64, 4, 3, 2, 2), Part(64, 4, 3, 1, 2)),
+    finer("two blocks, MXFP4", experts(3, 2, 4, 256, 512, BF16, FP4_ACTIVATION), Part(64, 4, 3, 1, 2),
+          Part(128, 4, 3, 1, 2)),
+    finer("two blocks, three do not pair", experts(3, 2, 4, 384, 128, F32), Part(64, 4, 4, 3, 2), Part(64, 4, 4, 1, 2)),
+    finer("parts of uneven length", experts(2, 3, 5, 640, 128, BF16), Part(64, 2, 4, 4), Part(64, 2, 4)),
+    finer("a warp", experts(4, 2, 4, 256, 256, BF16), Part(32, 1, 4, 2), Part(16, 1, 4), bm=8),
+    finer("two blocks with NaN", broken_scale(experts(9, 2, 4, 256, 256, BF16)), Part(64, 2, 3, 1, 2),
+          Part(64, 2, 3, 1, 2)),
+    *(finer("fnuz", experts(3, 2, 4, 256, 256, BF16, fnuz(FP8_ACTIVATION)), Part(64, 4, 2, 1, 2),
+            Part(64, 4, 2, 1, 2), "mi300x") for _ in range(INTERPRETED)),
+    finer("flash", experts(16, 6, 64, 4096, 2048, BF16), Part(64, 4, 4, 4, 2), Part(64, 4, 4, 1, 2), slow=True),
     # Realistic sizes.
     *(case(f"experts flash {t} {weight!s}", experts(t, 6, 64, 4096, 2048, BF16, weight=weight), tokens=t, slow=True)
       for t, weight in [(1, MXFP4), (16, MXFP4), (64, MXFP4), (1000, MXFP4), (16, FP8_TILE), (1000, FP8_TILE)]),
