@@ -419,9 +419,7 @@ def main() -> int:
     parser.add_argument("--points", type=int, default=200)
     parser.add_argument("--nproc", type=int, nargs="+", default=[2, 3, 4])
     parser.add_argument("--parallel", nargs="+", default=[], help="layouts to run in place of whole models")
-    parser.add_argument(
-        "--retry", type=int, default=0, help="try points of --json that had a problem so often again, after a mend"
-    )
+    parser.add_argument("--retry", type=int, default=0, help="try points of --json with a problem so often again")
     parser.add_argument("--jobs", type=int, default=1, help="servers at a time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the points and the summary here")
