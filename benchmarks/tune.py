@@ -276,15 +276,18 @@ def write(path: Path, name: str, entries: list[Entry]) -> None:
     def place(entry: Entry) -> tuple[object, ...]:
         return entry.kernel, tuple(sorted(entry.problem.items())), entry.tokens
 
-    known = msgspec.json.decode(path.read_bytes(), type=Table).entries if path.exists() else []
-    merged = {place(e): e for e in (*known, *entries)}
+    known = msgspec.json.decode(path.read_bytes(), type=Table) if path.exists() else None
+    merged = {place(e): e for e in (*(known.entries if known else ()), *entries)}
+    commands = [*(known.commands if known else ()), " ".join(["benchmarks/tune.py", *sys.argv[1:]])]
     table = Table(
-        name, torch.cuda.get_device_name(), str(torch.__version__), triton.__version__, " ".join(sys.argv), []
-    )
+        name, torch.cuda.get_device_name(), str(torch.__version__), triton.__version__, commands,
+        known.note if known else "", [],
+    )  # fmt: skip
+    head = msgspec.json.encode(table).decode().removesuffix("]}")
     lines = ",\n".join(msgspec.json.encode(merged[key]).decode() for key in sorted(merged))
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = msgspec.json.encode(table).decode().replace('"entries":[]', f'"entries":[\n{lines}\n]')
-    path.write_text(f"{text}\n", encoding="utf-8")
+    path.write_text(f"{head}\n{lines}\n]}}\n", encoding="utf-8")
+    msgspec.json.decode(path.read_bytes(), type=Table)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,10 @@ EXEMPT: Final = (
         "FP4 weights without an instruction for them: a step has 16 bytes of a row, and several lanes share them",
     ),
     Exempt(
+        "spills", "attend_apart", {},
+        "what an item needs at its ends, and what looks rows up, waits in memory; nothing of a tile does", most=112,
+    ),
+    Exempt(
         "spills", "experts_folded", {}, "what a tile needs at its ends waits in memory; no step of K has one", most=64
     ),
 )  # fmt: skip

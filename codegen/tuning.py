@@ -45,15 +45,18 @@ class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
 
 
 class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What one GPU was measured at. `command`: how. `note`: what else there is to know of the file."""
+    """What one kind of GPU was measured at.
+
+    device, torch, triton: of the last run. commands: the runs, the last one last. note: what else there is to know.
+    """
 
     target: str
     device: str
     torch: str
     triton: str
-    command: str
+    commands: list[str]
+    note: str
     entries: list[Entry]
-    note: str = ""
 
 
 _TRIAL: ContextVar[dict[str, dict[str, int | bool]] | None] = ContextVar("trial", default=None)

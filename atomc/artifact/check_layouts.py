@@ -149,10 +149,15 @@ def _held(what: str, codes: SlotInfo, scales: SlotInfo, layout: Layout) -> Itera
 
 
 def _results(given: Given, region: RegionPlan) -> Iterator[str]:
-    """Results against what the operator's fake gives for arguments of these shapes."""
+    """Results against what the operator's fake gives for arguments of these shapes.
+
+    A program of aten operators runs on small zeros: on the meta device they are decomposed, for which torch imports its
+    compiler, and a server waits for that.
+    """
+    device = "cpu" if given.step.op == "atom.pointwise.default" else "meta"
     try:
-        made = given.op(*(_meta(a, region) for a in given.step.args),
-                        **{k: _meta(v, region) for k, v in given.step.kwargs.items()})  # fmt: skip
+        made = given.op(*(_example(a, region, device) for a in given.step.args),
+                        **{k: _example(v, region, device) for k, v in given.step.kwargs.items()})  # fmt: skip
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError, NotImplementedError) as error:
         yield f"does not run at {PROBE}: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
         return
@@ -166,17 +171,17 @@ def _results(given: Given, region: RegionPlan) -> Iterator[str]:
             yield f"result {info.name} is {info.shape} {info.dtype}; the operator gives {found} at {PROBE}"
 
 
-def _meta(arg: Any, region: RegionPlan) -> Any:
+def _example(arg: Any, region: RegionPlan, device: str) -> Any:
     match arg:
         case Slot(id=slot):
             info = region.slots[slot]
-            return torch.empty(_sizes(info), dtype=getattr(torch, info.dtype), device="meta")
+            return torch.zeros(_sizes(info), dtype=getattr(torch, info.dtype), device=device)
         case Size(expr=text):
             return evaluate(text, PROBE)
         case DType(name=name):
             return getattr(torch, name)
         case list():
-            return [_meta(a, region) for a in arg]
+            return [_example(a, region, device) for a in arg]
     return arg
 
 

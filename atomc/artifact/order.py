@@ -24,7 +24,8 @@ import atomc.ops  # noqa: F401  defines torch.ops.atom
 from atomc.artifact.check_layouts import Adds
 from atomc.artifact.plan import Bucket, Slot, SlotInfo, Step, slots_of
 
-STREAMS: Final = 3  # the main one and two at its sides: no layer has more than three chains that do not need each other
+# The main one and four at its sides: a CSA layer's queries, its rows, and the rows, queries and weights of its index.
+STREAMS: Final = 5
 # The most tokens of a step that runs on side streams. With few tokens most kernels use a few of the processors and
 # wait for memory; from the second bucket of tokens on, a kernel fills the device, and streams only take turns at it.
 SIDE_TOKENS: Final = 16

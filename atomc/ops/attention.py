@@ -58,7 +58,7 @@ def _attend(q: torch.Tensor, rows: torch.Tensor, valid: torch.Tensor, sink: torc
     ' str rows="") -> Tensor',
     tokens="q",
     spec="2.4, 6.1 K15-K16",
-    fake=lambda q, *_, **__: torch.empty_like(q),
+    fake=lambda q, *_, **__: q.new_empty(q.shape),
 )
 def sparse_attention(
     q: torch.Tensor,
@@ -106,7 +106,7 @@ def sparse_attention(
     ' Tensor cos, Tensor sin, str rows="") -> Tensor',
     tokens="q",
     spec="2.4, 6.1 K15-K17",
-    fake=lambda q, *_, **__: torch.empty_like(q),
+    fake=lambda q, *_, **__: q.new_empty(q.shape),
 )
 def sparse_attention_inverse_rope(
     q: torch.Tensor,

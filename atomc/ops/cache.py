@@ -92,7 +92,7 @@ def packed_insert(
     ' Tensor requests, Tensor positions, str rows="") -> Tensor',
     tokens="q",
     spec="2.3, 6.1 K9",
-    fake=lambda q, *_, **__: torch.empty_like(q),
+    fake=lambda q, *_, **__: q.new_empty(q.shape),
 )
 def qk_norm_rope_insert(
     q: torch.Tensor,

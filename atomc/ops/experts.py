@@ -54,7 +54,7 @@ def weighted_swiglu(h: torch.Tensor, weights: torch.Tensor, limit: float) -> tor
     "moe_experts(Tensor x, Tensor w13, Tensor w2, Tensor indices, Tensor weights, float limit) -> Tensor",
     tokens="x",
     spec="2.8, 6.1 K21-K22",
-    fake=lambda x, *_, **__: torch.empty_like(x, dtype=torch.float32),
+    fake=lambda x, *_, **__: x.new_empty(x.shape, dtype=torch.float32),
 )
 def moe_experts(
     x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor, limit: float

@@ -40,7 +40,7 @@ def _pre_fake(h: torch.Tensor, *_: object) -> Pre:
 
 
 def _post_pre_fake(h: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    return torch.empty_like(h), *_pre_fake(h)
+    return h.new_empty(h.shape), *_pre_fake(h)
 
 
 @define(

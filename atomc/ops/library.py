@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 import torch
@@ -29,8 +30,9 @@ def scaled_mm(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, out: Tenso
 def _scaled_mm_works(device: torch.device) -> bool:
     """Whether a small product whose result is known comes out: each scale another power of two, so none may move."""
     m, n, k = 8, 256, 512
-    powers = (torch.arange(k // 128 * m) % 5 - 2).view(k // 128, m), (torch.arange(n // 128 * k // 128) % 3).view(2, -1)
-    x, w = (torch.arange(rows * k).view(rows, k) % 3 - 1.0 for rows in (m, n))
+    count = partial(torch.arange, device="cpu")  # whatever device a caller makes tensors on
+    powers = (count(k // 128 * m) % 5 - 2).view(k // 128, m), (count(n // 128 * k // 128) % 3).view(2, -1)
+    x, w = (count(rows * k).view(rows, k) % 3 - 1.0 for rows in (m, n))
     xs, ws = (torch.exp2(power.float()) for power in powers)
     wide_x = x * xs.t().repeat_interleave(128, 1)
     wide_w = w * ws.repeat_interleave(128, 0).repeat_interleave(128, 1)

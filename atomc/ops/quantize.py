@@ -65,7 +65,7 @@ def _matrix(n: int, device: torch.device) -> torch.Tensor:
         return hadamard_matrix(n).to(device)
 
 
-@define("hadamard(Tensor x) -> Tensor", tokens="x", spec="2.7", fake=torch.empty_like)
+@define("hadamard(Tensor x) -> Tensor", tokens="x", spec="2.7", fake=lambda x: x.new_empty(x.shape))
 def hadamard(x: torch.Tensor) -> torch.Tensor:
     """The orthonormal Hadamard transform over the last dim (a power of two) in fp32, cast to x's dtype."""
     return (x.float() @ _matrix(x.shape[-1], x.device)).to(x.dtype)

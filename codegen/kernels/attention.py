@@ -4,7 +4,8 @@ A program has one token, a block of its heads and a share of its rows: the last 
 rows that it sees or that were selected, BN at a time, each row read once and used as key and as value. Where a token's
 rows are split over programs, their partial results are joined by a second kernel. SWAP exchanges the operands of both
 products (rows and channels become the long dim M of the matrix instruction), so that few heads still fill it. Packed
-rows have a kernel of their own where reading them ahead pays (`attention_records`).
+rows have kernels of their own where reading them ahead pays (`attention_records`), and where whole tokens fill a
+machine whose warps may have tasks of their own (`attention_apart`).
 Illegal: cache rows of another element than e4m3 (`row_constants`); layouts of a result that `quantize` does not write.
 """
 
@@ -32,6 +33,7 @@ from atomc.codegen.kernels.quantize import empty_pair, quantize
 from atomc.formats import Layout
 
 LOG2E = 1.4426950408889634
+ASM = not triton.knobs.runtime.interpret  # assembly has no interpreter
 
 # -- in a kernel -------------------------------------------------------------------------------------------------------
 
@@ -251,6 +253,8 @@ MANY = {"sm_90": Config(64, 64, 256, False, 8), "sm_100": Config(64, 64, 512, Fa
         "gfx950": Config(64, 32, 512, False, 4), "gfx942": Config(64, 32, 512, False, 4)}  # fmt: skip
 # Where packed rows are read ahead (`attention_records`, which has all channels at a time): few heads a program, many.
 AHEAD = {"sm_90": (Config(16, 16, 512, False, 4), Config(64, 64, 512, False, 8))}
+# Where warps have tasks of their own (`attention_apart`): registers of a thread that multiplies, widens, looks up.
+APART = {"MOST": 200, "SOME": 72, "FEW": 40}
 EXACT = Config(16, 16, 128, False, 4)  # float32 has no matrix instruction of its precision: the reference's numbers
 
 
@@ -328,7 +332,9 @@ def sparse_attention_inverse_rope_quant(
 
 
 def _in_pieces(q: Tensor, shared: dict[str, Any]) -> bool:
-    """Whether `attend_tokens` may finish in pieces: where inverses of scales are bf16 values, and shapes as there."""
+    """Whether `attend_tokens` may finish in pieces, as `attend_apart` does: inverses of scales are bf16 values, and
+    shapes as there.
+    """
     whole = q.shape[-1] == 8 * shared["RD"] == 4 * shared["QUANT"]
     return whole and shared["QSCALE"] == "e8m0" and q.dtype == torch.bfloat16
 
@@ -347,19 +353,25 @@ def _attention(
     chosen = topk.shape[1] if topk is not None else 0
     columns = args["block_table"].shape[1]
     most = (chosen or columns * far["PAGE"]) if cache is not None else 0
+    row = row_constants(rows, d)
+    shared = {"H": heads, "RD": 2 * args["cos"].shape[-1] if args["cos"] is not None else 0, **quant}
+    apart = config.heads == 64 and _apart(device, q, group, row["NARROW"], shared)
     splits = splits_of(device, config, heads, window_size, most)
+    if apart and cache is None and device.tokens >= 64:  # two blocks: a second kernel costs more than they do
+        splits = 1
     part = device.empty((tokens, splits, heads, d), torch.float32) if splits > 1 else None
     stats = device.empty((tokens, splits, heads, 2), torch.float32) if splits > 1 else None
-    row = row_constants(rows, d)
     padded = row.pop("DP")
-    shared = {"H": heads, "RD": 2 * args["cos"].shape[-1] if args["cos"] is not None else 0, "SPLITS": splits, **quant}
+    shared["SPLITS"] = splits
     constants = {**shared, **row, **far, "SCALE2": scale * LOG2E, "WINDOW": window_size, "RATIO": max(ratio, 1),
                  "CACHED": cache is not None, "TOPK": chosen, "BH": config.heads, "BN": config.rows,
                  "WINDOW_PAGE": near["PAGE"], "WINDOW_SIZE": near["PAGE_SIZE"]}  # fmt: skip
     given = {**args, "part": part, "stats": stats, "window_columns": args["window_table"].shape[1],
              "block_columns": columns}  # fmt: skip
     programs = tokens * cdiv(heads, config.heads)
-    if group:
+    if apart and splits == 1:
+        _attend_apart(device, given, constants, programs)
+    elif group:
         constants |= {"GROUP": group, "LOG": (d // group).bit_length() - 1, "PIECES": _in_pieces(q, shared)}
         _attend_records(device, given, constants, programs, config)
     else:
@@ -373,6 +385,24 @@ def _attention(
         kind = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}[q.dtype]
         constants = {**shared, "BH": block, "D": d, "DP": padded, "KIND": kind}
         device.launch(join, (tokens * cdiv(heads, block),), given, constants)
+
+
+def _apart(device: Device, q: Tensor, group: int, narrow: int, shared: dict[str, Any]) -> bool:
+    """Whether `attend_apart` has the rows and the result."""
+    rows = (q.shape[-1], narrow, group) == (512, 448, 64)
+    return ASM and device.target.arch == "sm_90" and rows and shared["TOP"] == 448 and _in_pieces(q, shared)
+
+
+def _attend_apart(device: Device, given: dict[str, Any], constants: dict[str, Any], items: int) -> None:
+    """Launch `attend_apart` for so many blocks of heads of tokens: a program has a whole multiprocessor."""
+    from atomc.codegen.kernels.attention_apart import attend_apart  # of a layer of Triton that not every backend has
+
+    names = ("H", "SCALE2", "WINDOW", "RATIO", "CACHED", "TOPK", "WINDOW_PAGE", "WINDOW_SIZE", "PAGE", "PAGE_SIZE",
+             "FLOOR", "NARROW", "BODY")  # fmt: skip
+    args = {k: v for k, v in given.items() if k not in ("part", "stats")} | {"items": items}
+    kept = {name: constants[name] for name in names} | APART
+    programs = min(device.target.compute_units, device.tokens * cdiv(constants["H"], 64))
+    device.launch(attend_apart, (programs,), args, kept, warps=4)
 
 
 def _attend_records(

@@ -1,13 +1,14 @@
 """The compressors: pool completed windows into cache rows, and keep the last tokens in the ring (spec 2.5, 2.6, 4.2).
 
 One program makes one row, from the projections to the bytes in the page: an online softmax over the window's tokens for
-each channel, norm, RoPE, Hadamard where index rows are quantised, rounding, store. kv and gate may be columns of one
-merged product: their rows have a stride.
+each channel, norm, RoPE, Hadamard where index rows are quantised, rounding, store. Windows of many tokens are pooled by
+programs of some channels each before: one program would read them too slowly. kv and gate may be columns of one merged
+product: their rows have a stride.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import torch
 import triton
@@ -52,17 +53,17 @@ def row_views(cache: Tensor, rows: str) -> tuple[Tensor, Tensor | None, Tensor |
 
 @triton.jit
 def _pooled(
-    kv, gate, ape, state, end, position, first, slot,
+    kv, gate, ape, state, end, position, first, slot, channel,
     D: tl.constexpr, BLOCK: tl.constexpr, M: tl.constexpr, RING: tl.constexpr, CHUNK: tl.constexpr,
     STRIDE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """[BLOCK] fp32: the softmax of gate + ape over the RING tokens that end at `end`, times kv, channel by channel.
+    """[BLOCK] fp32: the softmax of gate + ape over the RING tokens that end at `end`, times kv, of these channels.
 
     Tokens from `first` on are this step's, older ones come from the ring; those before the sequence are absent. With
     OVERLAP the first M tokens give the first half of their 2 D columns, the others the second.
     """
     WIDTH: tl.constexpr = 2 * D if OVERLAP else D
-    channel = tl.arange(0, BLOCK)[None, :]
+    channel = channel[None, :]
     top = tl.full((BLOCK,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     weighted = tl.zeros((BLOCK,), tl.float32)
@@ -91,13 +92,17 @@ def _pooled(
 
 
 @triton.jit
-def _turned_row(y, cos, sin, D: tl.constexpr, BLOCK: tl.constexpr, PAIRS: tl.constexpr):
-    """RoPE of a row [BLOCK] in fp32: the last PAIRS pairs below column D; the others turn by nothing."""
-    even, odd = tl.split(tl.reshape(y, (BLOCK // 2, 2)))
+def _angles(cos, sin, D: tl.constexpr, BLOCK: tl.constexpr, PAIRS: tl.constexpr):
+    """Cosines and sines [BLOCK / 2] of RoPE for the last PAIRS pairs below column D; the others turn by nothing."""
     pair = tl.arange(0, BLOCK // 2) - (D // 2 - PAIRS)
     turns = (pair >= 0) & (pair < PAIRS)
-    c = tl.load(cos + pair, mask=turns, other=1.0)
-    s = tl.load(sin + pair, mask=turns, other=0.0)
+    return tl.load(cos + pair, mask=turns, other=1.0), tl.load(sin + pair, mask=turns, other=0.0)
+
+
+@triton.jit
+def _turned(y, c, s, BLOCK: tl.constexpr):
+    """RoPE of a row [BLOCK] in fp32."""
+    even, odd = tl.split(tl.reshape(y, (BLOCK // 2, 2)))
     return tl.reshape(tl.join(even * c - odd * s, odd * c + even * s), (BLOCK,))
 
 
@@ -133,40 +138,68 @@ def store_row(
 
 
 @triton.jit
+def pool_columns(
+    kv, gate, ape, state, pooled, ends, positions, requests, query_start, slots,
+    D: tl.constexpr, BLOCK: tl.constexpr, M: tl.constexpr, RING: tl.constexpr, CHUNK: tl.constexpr,
+    STRIDE: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """BLOCK channels of a pooled window, fp32: rows of `pooled` [windows, D] are those of `pool_insert`."""
+    n = tl.program_id(0)
+    end = tl.load(ends + n)
+    if end >= 0:
+        request, channel = tl.load(requests + end), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        y = _pooled(
+            kv, gate, ape, state, end, tl.load(positions + end), tl.load(query_start + request),
+            tl.load(slots + request), channel, D, BLOCK, M, RING, CHUNK, STRIDE, OVERLAP,
+        )  # fmt: skip
+        tl.store(pooled + n.to(tl.int64) * D + channel, y, mask=channel < D)
+
+
+@triton.jit
 def pool_insert(
-    kv, gate, ape, state, weight, cos, sin, codes, scales, wide, table, ends, positions, requests, query_start, slots,
-    eps, COLUMNS,
+    kv, gate, ape, state, pooled, weight, cos, sin, codes, scales, wide, table, ends, positions, requests, query_start,
+    slots, eps, COLUMNS,
     D: tl.constexpr, BLOCK: tl.constexpr, LOG: tl.constexpr, M: tl.constexpr, RING: tl.constexpr, CHUNK: tl.constexpr,
-    STRIDE: tl.constexpr, OVERLAP: tl.constexpr, RATIO: tl.constexpr, PAIRS: tl.constexpr, ROTATE: tl.constexpr,
-    DTYPE: tl.constexpr, PAGE: tl.constexpr, PAGE_BYTES: tl.constexpr, BODY: tl.constexpr, SCALE_BYTES: tl.constexpr,
-    SCALES: tl.constexpr, NARROW: tl.constexpr, CODE_BYTES: tl.constexpr, GROUP: tl.constexpr, ELEMENT: tl.constexpr,
-    FLOOR: tl.constexpr, TOP: tl.constexpr, SCALE: tl.constexpr,
+    STRIDE: tl.constexpr, OVERLAP: tl.constexpr, POOLED: tl.constexpr, RATIO: tl.constexpr, PAIRS: tl.constexpr,
+    ROTATE: tl.constexpr, DTYPE: tl.constexpr, PAGE: tl.constexpr, PAGE_BYTES: tl.constexpr, BODY: tl.constexpr,
+    SCALE_BYTES: tl.constexpr, SCALES: tl.constexpr, NARROW: tl.constexpr, CODE_BYTES: tl.constexpr,
+    GROUP: tl.constexpr, ELEMENT: tl.constexpr, FLOOR: tl.constexpr, TOP: tl.constexpr, SCALE: tl.constexpr,
 ):  # fmt: skip
     """One row, of the window that ends at token ends[n] (-1: padding, nothing to do); spec 6.1 K11.
 
-    Rounded to DTYPE where the reference does: pooled, normed, turned, rotated.
+    Rounded to DTYPE where the reference does: pooled, normed, turned, rotated. What does not depend on the pooled row
+    is read before it: this kernel waits for memory, not for anything else.
     """
     n = tl.program_id(0)
     end = tl.load(ends + n)
     if end >= 0:
         request, position = tl.load(requests + end), tl.load(positions + end)
-        y = _pooled(
-            kv, gate, ape, state, end, position, tl.load(query_start + request), tl.load(slots + request),
-            D, BLOCK, M, RING, CHUNK, STRIDE, OVERLAP,
-        )  # fmt: skip
         channel = tl.arange(0, BLOCK)
-        y = tl.where(channel < D, y.to(DTYPE).to(tl.float32), 0.0)
-        y *= tl.rsqrt(tl.sum(y * y, 0) / D + eps)
-        y *= tl.load(weight + channel, mask=channel < D, other=0.0).to(tl.float32)
-        y = _turned_row(y.to(DTYPE).to(tl.float32), cos + n * PAIRS, sin + n * PAIRS, D, BLOCK, PAIRS).to(DTYPE)
-        if ROTATE:
-            y = hadamard_vector(y.to(tl.float32), BLOCK, LOG).to(DTYPE)
+        gain = tl.load(weight + channel, mask=channel < D, other=0.0).to(tl.float32)
+        c, s = _angles(cos + n * PAIRS, sin + n * PAIRS, D, BLOCK, PAIRS)
         row = position // RATIO
         page = tl.load(table + request.to(tl.int64) * COLUMNS + (row // PAGE) % COLUMNS)
+        if POOLED:
+            y = tl.load(pooled + n.to(tl.int64) * D + channel, mask=channel < D, other=0.0)
+        else:
+            y = _pooled(
+                kv, gate, ape, state, end, position, tl.load(query_start + request), tl.load(slots + request), channel,
+                D, BLOCK, M, RING, CHUNK, STRIDE, OVERLAP,
+            )  # fmt: skip
+        y = tl.where(channel < D, y.to(DTYPE).to(tl.float32), 0.0)
+        y *= tl.rsqrt(tl.sum(y * y, 0) / D + eps)
+        y *= gain
+        y = _turned(y.to(DTYPE).to(tl.float32), c, s, BLOCK).to(DTYPE)
+        if ROTATE:
+            y = hadamard_vector(y.to(tl.float32), BLOCK, LOG).to(DTYPE)
         store_row(
             y, codes, scales, wide, page, row % PAGE, D, BLOCK, PAGE, PAGE_BYTES, BODY, SCALE_BYTES, SCALES, NARROW,
             CODE_BYTES, GROUP, ELEMENT, FLOOR, TOP, SCALE,
         )  # fmt: skip
+
+
+FEW: Final = 8  # tokens of a window that one program reads at once
+COLUMNS: Final = 32  # channels of a program that pools longer ones: 128 tokens of them at once, in registers
 
 
 def compressor_pool_norm_rope_insert(
@@ -181,20 +214,26 @@ def compressor_pool_norm_rope_insert(
         raise ValueError(f"a Hadamard rotation of {d} channels: it has a power of two of them")
     if kv.stride(0) != gate.stride(0) or d % 2 or ring != ape.shape[0] * (2 if overlap else 1):
         raise ValueError(f"kv and gate are rows alike, of whole pairs; a ring of {ring} tokens is not its windows")
+    long = ring > FEW
+    window = {"kv": kv, "gate": gate, "ape": ape, "state": state}
+    where = {"ends": ends, "positions": positions, "requests": requests, "query_start": query_start, "slots": slots}
+    pooling = {"D": d, "M": ape.shape[0], "RING": ring, "STRIDE": kv.stride(0), "OVERLAP": overlap}
+    pooled = device.empty((ends.shape[0], d), torch.float32) if long else None
+    if long:
+        some = min(block, COLUMNS)
+        constants = {**pooling, "BLOCK": some, "CHUNK": min(power_of_two(ring), 128)}
+        grid = (ends.shape[0], cdiv(d, some))
+        device.launch(pool_columns, grid, {**window, "pooled": pooled, **where}, constants, warps=8)
     codes, scales, wide = row_views(cache, rows)
     args = {
-        "kv": kv, "gate": gate, "ape": ape, "state": state, "weight": weight, "cos": cos, "sin": sin, "codes": codes,
-        "scales": scales, "wide": wide, "table": table, "ends": ends, "positions": positions, "requests": requests,
-        "query_start": query_start, "slots": slots, "eps": eps, "COLUMNS": table.shape[1],
+        **window, "pooled": pooled, "weight": weight, "cos": cos, "sin": sin, "codes": codes, "scales": scales,
+        "wide": wide, "table": table, **where, "eps": eps, "COLUMNS": table.shape[1],
     }  # fmt: skip
-    # A long window is read by one program: as many lanes as a program may have.
-    chunk, warps = (power_of_two(ring), 4) if ring <= 8 else (16, 16)
     constants = {
-        "D": d, "BLOCK": block, "LOG": log, "M": ape.shape[0], "RING": ring, "CHUNK": chunk, "STRIDE": kv.stride(0),
-        "OVERLAP": overlap, "RATIO": ratio, "PAIRS": cos.shape[-1], "ROTATE": rotate, "DTYPE": TL[dtype],
-        **row_constants(cache, rows, d),
+        **pooling, "BLOCK": block, "LOG": log, "CHUNK": power_of_two(ring), "POOLED": long, "RATIO": ratio,
+        "PAIRS": cos.shape[-1], "ROTATE": rotate, "DTYPE": TL[dtype], **row_constants(cache, rows, d),
     }  # fmt: skip
-    device.launch(pool_insert, (ends.shape[0],), args, constants, warps=warps)
+    device.launch(pool_insert, (ends.shape[0],), args, constants, warps=4)
 
 
 # -- the ring ----------------------------------------------------------------------------------------------------------

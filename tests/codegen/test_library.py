@@ -10,6 +10,7 @@ pytest.importorskip("triton", reason="kernels are compiled by triton, which is a
 from atomc.codegen.device import Recorder
 from atomc.codegen.kernels import scaled_gemm
 from atomc.formats import FP8_ACTIVATION, FP8_TILE, MXFP4, Layout
+from atomc.ops import library
 from atomc.ops.library import CALLS, missing
 from atomc.targets import get_target
 
@@ -65,3 +66,15 @@ def test_many_fp8_tokens_on_hopper_are_offered() -> None:
 )  # fmt: skip
 def test_nothing_else_is(given: tuple[object, ...]) -> None:
     assert offered(*given) == []  # type: ignore[arg-type]
+
+
+def test_a_call_is_tried_whatever_device_tensors_are_made_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def product(x: torch.Tensor, xs: torch.Tensor, w: torch.Tensor, ws: torch.Tensor, out: torch.Tensor) -> None:
+        wide_x = x.float() * xs.t().repeat_interleave(128, 1)
+        out.copy_(wide_x @ (w.float() * ws.repeat_interleave(128, 0).repeat_interleave(128, 1)).t())
+
+    monkeypatch.setattr(library, "scaled_mm", product)
+    with torch.device("meta"):
+        assert missing("scaled_mm", torch.device("cpu")) == ""
+    monkeypatch.setattr(library, "scaled_mm", lambda x, xs, w, ws, out: product(x, xs.flip(0), w, ws, out))
+    assert missing("scaled_mm", torch.device("cpu")) == "it gives wrong sums"

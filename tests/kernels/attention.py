@@ -114,6 +114,10 @@ CASES = [
     case("mi355x", 4096, DECODE, 64, 512, 64, BF16, MAIN, 128, 64, 4, 64, 32, (8, FP8), target="mi355x"),
     case("rows bf16 of fp32", 4096, [range(9, 10)], 2, 512, 64, F32, PLAIN, 16, 8, 4, 4, 0),
     case("nano", 64, MIXED, 4, 128, 64, BF16, "64:e4m3:1x64:e8m0:0.0001+64", 64, 32, 4, 64, 32, (2, FP8)),
+    # tasks for warps on sm_90 (the interpreter has the other kernels), as "csa" and "long csa" have them
+    case("swa whole", 64, DECODE, 64, 512, 64, BF16, MAIN, 128, 64, 0, 1, 0, (8, FP8), slow=True),
+    case("many hca whole", 4096, [range(60), range(100, 250)], 20, 512, 64, BF16, MAIN, 128, 64, 8, 2, 0, (4, FP8),
+         slow=True),
     # more tokens than programs: each goes on to another one
     case("many csa", 4096, [range(60), range(30, 104)], 17, 32, 4, BF16, TINY, 8, 2, 4, 2, 3,
          (2, "e4m3:1x8:e8m0:0.0001")),

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from atomc.codegen.device import Device
@@ -200,10 +201,11 @@ def close_codes(found: Tensor, expected: Tensor, what: str, four: int = 0) -> fl
 
 
 def next_e2m1(a: Tensor, b: Tensor, columns: int) -> Tensor:
-    """How far the next code is from values of e2m1 codes with a power of two for so many columns."""
-    largest = torch.maximum(a.abs(), b.abs()).double()
+    """How far the next code is from values of e2m1 codes with a power of two for so many columns (the last: fewer)."""
+    count = a.shape[-1]
+    largest = F.pad(torch.maximum(a.abs(), b.abs()).double(), (0, -count % columns))
     groups = largest.unflatten(-1, (-1, columns))
     top = groups.amax(-1, keepdim=True).clamp(min=2.0**-120)
     scale = torch.exp2((top / 6).log2().ceil())  # a group's largest code is 3, 4 or 6
     step = torch.where(groups <= 2 * scale, 0.5, torch.where(groups <= 4 * scale, 1.0, 2.0)) * scale
-    return step.flatten(-2)
+    return step.flatten(-2)[..., :count]

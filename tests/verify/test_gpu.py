@@ -72,6 +72,25 @@ def test_a_step_that_is_skipped_is_watched_but_not_judged(for_gpu: Compiled, mon
     assert skipped.weights is None
 
 
+LOADS = """
+import sys
+import torch, atomc
+from pathlib import Path
+from atomc.runtime import loader
+loader.device_arch = lambda: "sm_90"
+before = set(sys.modules)
+loaded = loader.load(Path(sys.argv[1]))
+assert any(step.op == "atom.pointwise.default" for region in loaded.regions.values() for step in region.steps)
+print([name for name in ("torch._dynamo", "torch._inductor", "triton", "sympy") if name in set(sys.modules) - before])
+"""
+
+
+def test_loading_imports_no_compiler(for_gpu: Compiled, repo_root: Path) -> None:
+    command = [sys.executable, "-c", LOADS, str(for_gpu.artifact)]
+    run = subprocess.run(command, cwd=repo_root, capture_output=True, text=True, timeout=120)
+    assert (run.returncode, run.stdout.strip()) == (0, "[]"), run.stderr
+
+
 # -- mistakes of kernels -----------------------------------------------------------------------------------------------
 
 Change = Callable[[dict[str, Any]], dict[str, Any]]
