@@ -88,20 +88,6 @@ def test_a_trial_takes_the_place_of_the_table() -> None:
     assert dict(device.launches[0][0].constants)["SPLITS"] == 2
 
 
-def test_a_second_run_is_put_beside_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
-    monkeypatch.setattr("sys.argv", ["tune", "--models", "m"])
-    path = tmp_path / "tuned" / "h100.json"
-    first, second, again = (
-        Entry("gemm", {"n": n}, 16, {"rows": rows}, 1e-6, 2e-6) for n, rows in [(1, 64), (2, 64), (1, 32)]
-    )
-    write(path, "h100", [first, second])
-    write(path, "h100", [again])
-    table = msgspec.json.decode(path.read_bytes(), type=Table)
-    assert table.entries == [again, second]
-    assert table.commands == ["benchmarks/tune.py --models m"] * 2
-
-
 class Origins(Recorder):
     """Keeps who chose each launch."""
 
@@ -144,19 +130,15 @@ def test_candidates_of_experts_begin_with_the_static_model() -> None:
         assert launched["experts_out"]["BN"] == found[-1].second.rows
 
 
-def test_the_tuner_writes_what_the_compiler_reads(tuner: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    tune = importlib.import_module("benchmarks.tune")
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "this")
-    problem = next(iter(tuner.problems(["deepseek-v4-flash"])))
-    config = problem.candidates(Recorder(get_target("h100"), problem.tokens))[-1]
-    entries = [Entry("experts", problem.key, tokens, config.table, 1.0, 2.0, "3") for tokens in (64, 16)]
-    path = tmp_path / "h100.json"
-    tune.write(path, "h100", entries[:1])
-    tune.write(path, "h100", entries[1:])
-    monkeypatch.setattr(tuning, "FOLDER", tmp_path)
-    table_of.cache_clear()
-    try:
-        table = table_of(get_target("h100"))
-    finally:
-        table_of.cache_clear()
-    assert table is not None and table.entries == entries[::-1] and table.device == "this"
+def test_a_second_run_is_put_beside_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr("sys.argv", ["tune", "--models", "m"])
+    path = tmp_path / "tuned" / "h100.json"
+    first, second, again = (
+        Entry("gemm", {"n": n}, 16, {"rows": rows}, 1e-6, 2e-6) for n, rows in [(1, 64), (2, 64), (1, 32)]
+    )
+    write(path, "h100", [first, second])
+    write(path, "h100", [again])
+    table = msgspec.json.decode(path.read_bytes(), type=Table)
+    assert table.entries == [again, second]
+    assert table.commands == ["benchmarks/tune.py --models m"] * 2
