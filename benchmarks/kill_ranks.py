@@ -376,8 +376,10 @@ def _judge_answer(point: Point, index: int, answer: Answer, right: str, began: f
         point.problems.append(f"request {index}: status {answer.status}")
 
 
-def draw(nproc: int, parallel: str = "") -> Point:
-    """A random point; seconds since the start are a share of what a server takes to start, until `try_points`."""
+def draw(ranks: int | str) -> Point:
+    """A random point of so many ranks, or of a layout; seconds since the start are a share of it until `try_points`."""
+    parallel = ranks if isinstance(ranks, str) else ""
+    nproc = math.prod(map(int, re.findall(r"(?:dp|tp)=(\d+)", parallel))) if isinstance(ranks, str) else ranks
     kind = random.random()
     targets = [FRONT] if kind < 0.15 else random.sample(range(nproc), 2 if kind > 0.85 else 1)
     after = random.choices(("seconds", "events", "drain"), (50, 40, 10))[0]
@@ -398,6 +400,7 @@ def summary(points: Sequence[Point]) -> dict[str, Any]:
     return {
         "points": len(points),
         "with_a_problem": sum(bool(point.problems) for point in points),
+        "mended": sum(bool(point.mended) for point in points),
         "signals": counts([point.signal for point in points]),
         "targets": counts(
             ["front end" if FRONT in p.targets else f"{len(p.targets)} of {p.nproc} ranks" for p in points]
@@ -416,9 +419,7 @@ def main() -> int:
     parser.add_argument("--points", type=int, default=200)
     parser.add_argument("--nproc", type=int, nargs="+", default=[2, 3, 4])
     parser.add_argument("--parallel", nargs="+", default=[], help="layouts to run in place of whole models")
-    parser.add_argument(
-        "--retry", type=int, default=0, help="try points of --json that had a problem so often again, after a mend"
-    )
+    parser.add_argument("--retry", type=int, default=0, help="try points of --json with a problem so often again")
     parser.add_argument("--jobs", type=int, default=1, help="servers at a time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the points and the summary here")
@@ -427,7 +428,7 @@ def main() -> int:
     right = references(options.artifact)
     if options.retry:
         return _retry(options.artifact, right, options.json, options.retry)
-    points = [_draw_one(options.nproc, options.parallel) for _ in range(options.points)]
+    points = [draw(random.choice(options.parallel or options.nproc)) for _ in range(options.points)]
     done: list[Point] = []
     for point in try_points(options.artifact, right, points, options.jobs):
         done.append(point)
@@ -462,13 +463,6 @@ def _retry(artifact: Path, right: Sequence[str], path: Path, times: int) -> int:
     result["points"], result["summary"] = [asdict(point) for point in points], summary(points)
     path.write_text(json.dumps(result, indent=1) + "\n")
     return 1 if result["summary"]["with_a_problem"] else 0
-
-
-def _draw_one(nproc: Sequence[int], layouts: Sequence[str]) -> Point:
-    if not layouts:
-        return draw(random.choice(nproc))
-    layout = random.choice(layouts)
-    return draw(math.prod(int(size) for size in re.findall(r"(?:dp|tp)=(\d+)", layout)), layout)
 
 
 def try_points(artifact: Path, right: Sequence[str], points: Sequence[Point], jobs: int) -> Iterator[Point]:

@@ -132,21 +132,27 @@ class Stores:
             if host_it:
                 bound = socket.create_server((host, port))
                 port, listener = bound.getsockname()[1], bound.detach()
-            base = _within(
+            base, *more = _within(
                 wait,
-                lambda: TCPStore(host, port, None, host_it, wait, wait_for_workers=False, master_listen_fd=listener),
+                lambda: _connections(
+                    TCPStore(host, port, None, host_it, wait, wait_for_workers=False, master_listen_fd=listener)
+                ),
             )
             base.set_timeout(timedelta(milliseconds=bounds.join_ms))
-            each = [PrefixStore(f"atomc/{attempt}", base.clone()) for _ in range(2)]  # type: ignore[attr-defined]
+            each = [PrefixStore(f"atomc/{attempt}", store) for store in more]
         except (RuntimeError, OSError) as error:
             verb = "be opened at" if host_it else "be reached at"
             raise ServingError(f"The store of the run cannot {verb} {host}:{port}: {_first(error)}.") from error
         return cls(each[0], each[1], PrefixStore(f"atomc/{attempt}", base), port, hosted)
 
 
-def _within(wait: timedelta, connect: Callable[[], TCPStore]) -> TCPStore:
-    """The store, or `TimeoutError`: a host that takes the connection and says nothing has no bound of torch's."""
-    found: queue.SimpleQueue[TCPStore | Exception] = queue.SimpleQueue()
+def _connections(base: TCPStore) -> list[TCPStore]:
+    return [base, base.clone(), base.clone()]  # type: ignore[attr-defined]
+
+
+def _within(wait: timedelta, connect: Callable[[], list[TCPStore]]) -> list[TCPStore]:
+    """The stores, or `TimeoutError`: a host that takes the connection and says nothing has no bound of torch's."""
+    found: queue.SimpleQueue[list[TCPStore] | Exception] = queue.SimpleQueue()
 
     def work() -> None:
         try:
@@ -156,12 +162,12 @@ def _within(wait: timedelta, connect: Callable[[], TCPStore]) -> TCPStore:
 
     threading.Thread(target=work, name="atomc-store", daemon=True).start()
     try:
-        store = found.get(timeout=wait.total_seconds())
+        stores = found.get(timeout=wait.total_seconds())
     except queue.Empty:
         raise TimeoutError(f"no answer within {wait.total_seconds():.0f} s") from None
-    if isinstance(store, Exception):
-        raise store
-    return store
+    if isinstance(stores, Exception):
+        raise stores
+    return stores
 
 
 def _first(error: Exception) -> str:

@@ -150,6 +150,7 @@ def test_ranks_that_stand_at_one_place_are_all_named() -> None:
         assert error.ranks == (1, 2, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "where", "bound"), [(LOADING, "while loading", 4.0), (FIRST, "in step 0 (running", 3.0)]
 )
@@ -304,6 +305,7 @@ ctypes.PyDLL(None).sleep(60)
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_never_leaves_a_call_ends() -> None:
     """As a launch does that waits for room behind a collective: no thread of Python runs any more."""
     with subprocess.Popen(
