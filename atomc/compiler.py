@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import platform
 import re
@@ -15,34 +16,39 @@ from typing import cast, get_args
 import msgspec
 import safetensors
 import torch
+from torch.fx import GraphModule
 
 import atomc
+from atomc.artifact.agreement import Proven
 from atomc.artifact.check import check_program
 from atomc.artifact.kernels import KernelFacts, write_kernel
 from atomc.artifact.manifest import SCHEMA_VERSION, Limits, Manifest, Serving
-from atomc.artifact.order import SIDE_TOKENS
+from atomc.artifact.order import buckets_of
 from atomc.artifact.plan import CallPlan, ProgramPlan, RegionPlan, StateTensor
+from atomc.artifact.ranks import FILE as RANKS_FILE
+from atomc.artifact.ranks import RanksPlan
 from atomc.artifact.store import artifact_hash, check_output, encode, hash_file, write_manifest, writing
 from atomc.calibration import SPACE, CalibratedSource, Calibration, fitted
-from atomc.capture import Input, Program, Region, capture
+from atomc.capture import Program, Region, capture
 from atomc.codegen.aot import Binary, build_all, default_store
 from atomc.codegen.assertions import faults_of
 from atomc.codegen.device import Variant
-from atomc.codegen.lower import Lowering
 from atomc.codegen.missing import missing_kernels, refuse
 from atomc.codegen.source import source_of
 from atomc.errors import AtomcError
 from atomc.models.deepseek_v4.config import DeepseekV4Config
-from atomc.models.deepseek_v4.promises import Rounded, products_of, promised_matches, regions_of
+from atomc.models.deepseek_v4.promises import Rounded, products_of, promised_matches
 from atomc.models.deepseek_v4.state import row_layouts
 from atomc.models.source import ModelSource, open_model
 from atomc.pack import Packed, Packing, Source, weights_of
 from atomc.passes import pipelines
-from atomc.passes.graph import location
-from atomc.passes.runner import Context, Pass, Row, run_pipeline
-from atomc.passes.scheme import IndexRows, Rows, Scheme, SchemeError, get_scheme
-from atomc.recipes import Choice, Method, Recipe, TensorSpec, instantiate, joined, output_spec, stored_layout
+from atomc.passes.runner import Context, Pass, run_pipeline
+from atomc.passes.scheme import IndexRows, Rows, Scheme, get_scheme
+from atomc.ranks import Cutting, layouts_for, proven
+from atomc.recipes import Choice, Method, Recipe, TensorSpec, instantiate, output_spec, stored_layout
+from atomc.regions import Compiled, copy_context, lower
 from atomc.report import Explanation, Layouts, explanation_of, layouts_of, write_report
+from atomc.rules import check_rules
 from atomc.targets import Target, get_target
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -65,6 +71,7 @@ class Options:
             file of `atomc calibrate`, by the error of the products.
         with_weights: pack the checkpoint's weights. dump_ir: folder for the graph after each pass.
         stop_after: label of the pass to stop after; nothing is written then.
+        parallel: layouts on many ranks, as `atomc.parallel.layout` reads them; one rank is there without being named.
     """
 
     dtype: str = "float32"
@@ -80,6 +87,7 @@ class Options:
     with_weights: bool = True
     dump_ir: Path | None = None
     stop_after: str | None = None
+    parallel: tuple[str, ...] = ()
 
 
 @dataclass
@@ -88,6 +96,7 @@ class Result:
 
     `calibrated`: how many of the tensors rounded here the calibration fits, of how many; None without one. `kernels`:
     what is known of each code object, by its key; `faults`: what of it does not hold (`atomc.codegen.assertions`).
+    `ranks`: of each layout of more than one, what they send one another, and the proof that they do so alike.
     """
 
     output: Path | None
@@ -103,15 +112,7 @@ class Result:
     calibrated: tuple[int, int] | None = None
     kernels: dict[str, KernelFacts] = field(default_factory=dict)
     faults: dict[str, list[str]] = field(default_factory=dict)
-
-
-@dataclass
-class Compiled:
-    """One region after its passes."""
-
-    region: Region
-    ctx: Context
-    rows: list[Row]
+    ranks: list[Proven] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -127,8 +128,8 @@ class Quantisation:
     calibration: Calibration | None = None
 
     def pipeline(self) -> tuple[Pass, ...]:
-        """The passes of this compile."""
-        return pipelines.compilation(self.scheme, self.target, self.rows, self.index_query)
+        """The passes of this compile up to where ranks part."""
+        return pipelines.finding(self.scheme, self.target, self.rows, self.index_query)
 
     def spec_of(self, source: ModelSource) -> Callable[[str], TensorSpec]:
         """Shape and dtype of the checkpoint's tensors, and of the calibration's."""
@@ -159,38 +160,45 @@ def compile_model(
     if options.stop_after is None:
         check_output(output)
     else:
-        check_stop(options.stop_after, target)
+        check_stop(options.stop_after, target, options.parallel)
     source = open_model(model, with_weights=options.with_weights)
     limits = check_limits(options, source.config)
     quantisation = check_scheme(options, source.config, target)
+    ranked = layouts_for(options.parallel, source.config, quantisation.scheme)
     serving = serving_facts(source, limits)
     program = trace(source.config, serving, options, progress)
-    compiled = [fuse(source, program, region, quantisation, options, progress) for region in program.regions]
+    compiled = [
+        fuse(source, program, region, quantisation, options, progress, keep=bool(ranked)) for region in program.regions
+    ]
     calibrated = check_calibration(compiled, quantisation)
     explanation = explanation_of({c.region.name: c.rows for c in compiled})
     layouts = layouts_of({c.region.name: c.ctx.decisions for c in compiled}, Counter(c.region for c in program.calls))
     if options.stop_after is not None:
         return Result(None, None, source.name, target, explanation, layouts, calibrated=calibrated)
-    lowered = {c.region.name: lower(c, serving, target) for c in compiled}
+    lowered = {c.region.name: lower(c, serving.bounds(), target) for c in compiled}
     regions = {name: plan for name, (plan, _) in lowered.items()}
+    plan = link(program, compiled, regions, serving)
+    every = dict(regions)
+    cutting = Cutting(compiled, plan, every, target, options.dump_ir, progress)
+    plans = [cutting.layout(layout) for layout in ranked]
+    variants = {k: v for _, made in lowered.values() for k, v in made.items()} | cutting.kernels
     if missing := [m for region in regions.values() for m in missing_kernels(region, target)]:
         raise refuse(missing, target)
-    variants = {k: v for _, made in lowered.values() for k, v in made.items()}
+    ranks = proven(plans, plan, every, buckets_of(limits.max_batch_tokens))
     kernels = build_kernels(variants, target, progress)
     found = {name: faults_of(variants[name], binary.facts, target) for name, binary in sorted(kernels.items())}
     faults = {name: problems for name, problems in found.items() if problems}
-    plan = link(program, compiled, regions, serving)
     with Packing(output) as packing, writing(output) as folder:
         recipes = {c.region.name: named_recipes(c) for c in compiled}
         packed = pack_weights(source, quantisation, options, program, recipes, packing, folder / "weights", progress)
-        write_plan(folder / "plan", plan, regions)
+        write_plan(folder / "plan", plan, every, plans)
         for name, binary in sorted(kernels.items()):
             write_kernel(folder, name, binary.data, binary.facts, source_of(variants[name].kernel))
-        write_graphs(folder / "graph", compiled)
+        write_graphs(folder / "graph", {c.region.name: c.region.gm for c in compiled} | cutting.graphs)
         copy_model_files(source, folder)
         (folder / "explain.json").write_bytes(encode(explanation))
         (folder / "layouts.json").write_bytes(encode(layouts))
-        write_report(folder / "report.md", source.name, target, explanation, layouts, plan, regions)
+        write_report(folder / "report.md", source.name, target, explanation, layouts, plan, regions, ranks)
         manifest = write_manifest(
             folder,
             lambda files: Manifest(
@@ -203,12 +211,12 @@ def compile_model(
             ),
             {f"weights/{name}": entry for name, entry in packed.files.items()} if packed else None,
         )  # fmt: skip
-        check_program(str(output), manifest, plan, regions)
+        check_program(str(output), manifest, plan, every, ranks=plans)
     size = sum(f.stat().st_size for f in output.rglob("*") if f.is_file())
     facts = {name: binary.facts for name, binary in kernels.items()}
     return Result(
         output, artifact_hash(output), source.name, target, explanation, layouts, plan, regions, size, packed,
-        calibrated, facts, faults,
+        calibrated, facts, faults, ranks,
     )  # fmt: skip
 
 
@@ -272,25 +280,10 @@ def check_calibration(compiled: list[Compiled], quantisation: Quantisation) -> t
     return found, total
 
 
-def check_rules(scheme: Scheme, config: DeepseekV4Config) -> None:
-    """Whether each rule decides for some product of the model; a rule that decides nothing is a mistake in it."""
-    products = dict.fromkeys(product for region in regions_of(config) for product in products_of(region))
-    decided = {found[0] for p in products if (found := scheme.rule(p.kind, p.paths)) is not None}
-    for number, rule in enumerate(scheme.rules, start=1):
-        of_kind = [p for p in products if p.kind == rule.op]
-        fits = [joined(p.paths) for p in of_kind if rule.fits(p.kind, p.paths)]
-        touched = [joined(p.paths) for p in of_kind if any(re.fullmatch(rule.path, path) for path in p.paths)]
-        where = f"scheme {scheme.name}, rule {number} (path {rule.path!r})"
-        if half := [name for name in touched if name not in fits]:
-            raise SchemeError(f"{where}: {half[0]} is one product; a rule must fit all of its weights, or none.")
-        if number not in decided:
-            known = ", ".join(joined(p.paths) for p in of_kind)
-            why = f"an earlier rule decides for {', '.join(fits)}" if fits else f"the model's {rule.op} are {known}"
-            raise SchemeError(f"{where} decides nothing: {why}.")
-
-
-def check_stop(label: str, target: Target) -> None:
+def check_stop(label: str, target: Target, parallel: tuple[str, ...] = ()) -> None:
     """Whether there is a pass to stop after."""
+    if parallel:
+        raise CompileError(f"--stop-after {label} leaves nothing to cut for ranks; leave it or --parallel out.")
     labels = [step.label for step in pipelines.compilation(target=target)]
     if label not in labels:
         raise CompileError(f"--stop-after {label}: no such pass; choose one of {', '.join(labels)}.")
@@ -331,8 +324,9 @@ def fuse(
     quantisation: Quantisation,
     options: Options,
     progress: Progress,
+    keep: bool = False,
 ) -> Compiled:
-    """Run the passes on one region; a miss of a promised match is an error."""
+    """Run the passes on one region; a miss of a promised match is an error. `keep` it as ranks are cut from."""
     progress(f"passes {region.name}", program.regions.index(region) + 1, len(program.regions))
     prefixes = [c.prefix for c in program.calls if c.region == region.name]
     weights = {i.placeholder: i.name for i in region.inputs if i.role == "weight"}
@@ -351,7 +345,13 @@ def fuse(
         choice=choice_of(quantisation, prefixes),
     )
     dump = options.dump_ir / region.name if options.dump_ir is not None else None
-    return Compiled(region, ctx, run_pipeline(quantisation.pipeline(), region.gm, ctx, dump, options.stop_after))
+    first, last = quantisation.pipeline(), pipelines.emission(quantisation.target)
+    rows = run_pipeline(first, region.gm, ctx, dump, options.stop_after)
+    if rows[-1].label == options.stop_after:
+        return Compiled(region, ctx, rows)
+    uncut = (copy.deepcopy(region.gm), copy_context(ctx)) if keep else None
+    rows += run_pipeline(last, region.gm, ctx, dump, options.stop_after, after=first)
+    return Compiled(region, ctx, rows, uncut)
 
 
 def choice_of(quantisation: Quantisation, prefixes: list[str]) -> Choice:
@@ -374,24 +374,6 @@ def rounded(region: str, recipes: Mapping[str, Recipe], quantisation: Quantisati
         found, rows=bool(quantisation.rows.get("window")), index_rows=bool(quantisation.rows.get("index_rows")),
         scaled=quantisation.target.is_gpu, casts=dtype != "float32",
     )  # fmt: skip
-
-
-def lower(compiled: Compiled, serving: Serving, target: Target) -> tuple[RegionPlan, dict[str, Variant]]:
-    """The region's plan, and the kernels that it launches, by key."""
-    region, ctx = compiled.region, compiled.ctx
-    bound = [i for i in region.inputs if i.role != "weight"]
-    bound += [Input(placeholder, "weight", path) for placeholder, path in ctx.module_paths.items()]
-    inputs = {i.placeholder: (i.role, i.name) for i in bound}
-    lowering = Lowering(
-        region.name, region.gm, inputs, region.outputs, region.symbols, serving.bounds(), location, target,
-        buckets_of(serving.max_batch_tokens) if target.is_gpu else (),
-    )  # fmt: skip
-    return lowering.run(), lowering.variants
-
-
-def buckets_of(most: int) -> tuple[int, ...]:
-    """Upper bounds of tokens for which kernels are configured: decode of a few requests, of many, prefill."""
-    return (*(n for n in (SIDE_TOKENS, 64, 256, 1024) if n < most), most)
 
 
 def build_kernels(variants: dict[str, Variant], target: Target, progress: Progress) -> dict[str, Binary]:
@@ -451,23 +433,25 @@ def pack_weights(
     return packing.pack(tensors, weights_of(calls, recipes, tensors.spec), folder, progress)
 
 
-def write_plan(folder: Path, plan: ProgramPlan, regions: dict[str, RegionPlan]) -> None:
-    """`plan/program.json` and one file for each region."""
+def write_plan(folder: Path, plan: ProgramPlan, regions: dict[str, RegionPlan], ranks: list[RanksPlan]) -> None:
+    """`plan/program.json`, one file for each region, and the layouts on many ranks, if there are any."""
     folder.mkdir()
+    if ranks:
+        (folder / RANKS_FILE).write_bytes(encode(ranks))
     (folder / "program.json").write_bytes(encode(plan))
     for name, region in regions.items():
         (folder / f"{name}.json").write_bytes(encode(region))
 
 
-def write_graphs(folder: Path, compiled: list[Compiled]) -> None:
+def write_graphs(folder: Path, graphs: Mapping[str, GraphModule]) -> None:
     """The final graph of each region, readable, with source paths relative to the package."""
     from atomc.passes.graph import readable
 
     folder.mkdir()
     root = re.escape(str(Path(atomc.__file__).parent.parent)) + "/"
-    for c in compiled:
-        text = re.sub(root, "", readable(c.region.gm))
-        (folder / f"{c.region.name}.py").write_text(text, encoding="utf-8")
+    for name, gm in graphs.items():
+        text = re.sub(root, "", readable(gm))
+        (folder / f"{name}.py").write_text(text, encoding="utf-8")
 
 
 def copy_model_files(source: ModelSource, folder: Path) -> None:

@@ -6,10 +6,12 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import msgspec
 
 from atomc.artifact import facts
+from atomc.artifact.agreement import Proven
 from atomc.artifact.facts import bytes_text
 from atomc.artifact.plan import ProgramPlan, RegionPlan
 from atomc.artifact.store import decode
@@ -140,11 +142,14 @@ def write_report(
     layouts: Layouts,
     program: ProgramPlan,
     regions: dict[str, RegionPlan],
+    ranks: Sequence[Proven] = (),
 ) -> None:
-    """`report.md`: regions and calls, memory, layouts, passes and refusals, operators."""
+    """`report.md`: regions and calls, memory, layouts, passes and refusals, operators; what ranks send one another."""
     lines = [f"# {model} for {target.name}"]
     lines += ["", "## Regions", "", *_regions(explanation, program, regions)]
     lines += ["", "## Memory", "", *_memory(program, regions)]
+    if ranks:
+        lines += ["", "## Ranks", "", *_table(RANKS_HEAD, rank_rows(ranks))]
     lines += ["", "## Layouts", "", *_layouts(layouts)]
     lines += ["", "## Matches of each pass", "", "Found/promised, where the model promises some.", ""]
     lines += _table(["pass", *explanation], table_rows(explanation))
@@ -153,6 +158,21 @@ def write_report(
     count = sorted(facts.operators(program, regions).items(), key=lambda i: (-i[1], i[0]))
     lines += ["", "## Operators of one step", "", *_table(["operator", "calls"], [[op, str(n)] for op, n in count])]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+RANKS_HEAD: Final = ["layout", "ranks", "a step of", "takes the form", "collectives", "a rank gives, for each row"]
+
+
+def rank_rows(ranks: Sequence[Proven]) -> list[list[str]]:
+    """Of each layout and kind of step: its form, how many collectives, and the bytes that a rank gives to them."""
+    return [
+        [
+            found.plan.layout, str(found.plan.mesh.ranks), kind, form, str(len(found.collectives[form])),
+            ", ".join(f"{bytes_text(size)} to {name}" for name, size in found.bytes_a_row(kind).items()),
+        ]
+        for found in ranks
+        for kind, form in sorted(found.plan.steps.items())
+    ]  # fmt: skip
 
 
 def _regions(explanation: Explanation, program: ProgramPlan, regions: dict[str, RegionPlan]) -> list[str]:

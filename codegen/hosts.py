@@ -62,6 +62,17 @@ def host_of(op: str, target: Target) -> Host | None:
 PREPARES: Final = frozenset({"aten.contiguous.default", "aten.reshape.default", "aten.to.dtype"})
 
 
+# What torch does on a GPU between ranks: collectives, and what packs and sorts what they send, which has no kernel yet.
+EXCHANGES: Final = frozenset(
+    f"atom.{op}.default"
+    for op in (
+        "combine_rows", "dispatch_rows", "drop_padding", "host_sizes", "local_experts", "pack_message", "sort_by_rank",
+        "unpack_message", "vocabulary_embedding",
+    )
+)  # fmt: skip
+COLLECTIVES: Final = "_c10d_functional."
+
+
 def has_kernel(op: str, target: Target) -> bool:
-    """Whether a GPU target has a kernel for an operator, named as in a plan's step."""
-    return target.is_gpu and op in HOSTS
+    """Whether a GPU target runs an operator, named as in a plan's step: a kernel of ours, or torch between ranks."""
+    return target.is_gpu and (op in HOSTS or op in EXCHANGES or op.startswith(COLLECTIVES))

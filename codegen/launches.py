@@ -107,10 +107,14 @@ def record(
 
 
 def differs(
-    bucket: Bucket, host: Host, arguments: Sequence[Any], kwargs: dict[str, Any], target: Target,
+    bucket: Bucket, tokens: int, host: Host, arguments: Sequence[Any], kwargs: dict[str, Any], target: Target,
     size_of: SizeOf, symbols: Mapping[str, int],
 ) -> str:  # fmt: skip
-    """How the plan's launches differ from what the host function launches for sizes `symbols`; empty: not at all."""
+    """How the plan's launches differ from what the host function launches for sizes `symbols`; empty: not at all.
+
+    Args:
+        tokens: the most rows of the call, as it was recorded for.
+    """
 
     def real(value: Any) -> Any:
         if isinstance(value, (list, tuple)):
@@ -122,7 +126,7 @@ def differs(
         shape, stride = ([real(n) for n in sizes] for sizes in (value.shape, value.stride()))
         return torch.empty_strided(shape, stride, dtype=value.dtype, device="meta")
 
-    device = SymbolicRecorder(target, bucket.tokens, place="meta")
+    device = SymbolicRecorder(target, tokens, place="meta")
     host(device, *map(real, arguments), **kwargs)
     calls, launches = device.calls + (device.offer.launches if device.offer else []), bucket.every_launch
     if len(calls) != len(launches):

@@ -26,9 +26,11 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from atomc.artifact.buffers import of_bucket
-from atomc.artifact.expr import ExpressionError, evaluate, parse
+from atomc.artifact.expr import ExpressionError, evaluate, names_in, parse
 from atomc.artifact.plan import (
-    SYMBOLS,
+    AGREED,
+    COUNTED,
+    PROBES,
     Arg,
     Bucket,
     DType,
@@ -50,7 +52,7 @@ from atomc.errors import AtomcError
 from atomc.targets import Target
 
 # Sizes of the trial run: distinct primes, so that no two dims agree by accident.
-EXAMPLE: Final = dict(zip(SYMBOLS, (11, 3, 5, 7, 2, 13, 17, 19), strict=True))
+EXAMPLE: Final = PROBES[0]
 PLACEMENT: Final = ("device", "layout", "pin_memory")  # of a factory call: the runtime's business
 
 
@@ -85,6 +87,7 @@ class Lowering:
     steps: list[Step] = field(default_factory=list)
     prepare: list[Step] = field(default_factory=list)
     _trial: list[Tensor] = field(default_factory=list)  # by slot
+    _counted: dict[str, str] = field(default_factory=dict)  # graph symbol -> plan symbol
     _owners: dict[int, int] = field(default_factory=dict)  # storage -> slot
 
     def run(self) -> RegionPlan:
@@ -119,6 +122,9 @@ class Lowering:
     def _call(self, node: Node) -> None:
         if isinstance(node.meta.get("val"), (torch.SymInt, int)) or node.target is operator.getitem:
             return  # a size, or a result that the node before has named
+        if isinstance(node.meta.get("val"), list) and all(isinstance(v, torch.SymInt) for v in node.meta["val"]):
+            self._count(node)
+            return
         if not isinstance(node.target, torch._ops.OpOverload):
             raise self._error(node, f"{node.target} is not a torch operator")
         args = [self._argument(a, node) for a in node.args]
@@ -130,6 +136,14 @@ class Lowering:
         op, launched = _qualified(node.target), role != "prepared" and not self._are_views(results)
         buckets = self._buckets(node, op, node.args, dict(node.kwargs), results) if launched else []
         steps.append(Step(op, args, kwargs, results, [], self.where(node), buckets))
+
+    def _count(self, node: Node) -> None:
+        """Numbers that only running tells become sizes of the plan."""
+        assert isinstance(node.target, torch._ops.OpOverload)
+        made = [f"{COUNTED}{len(self._counted) + i}" for i in range(len(node.meta["val"]))]
+        self._counted |= {str(value): name for value, name in zip(node.meta["val"], made, strict=True)}
+        args = [self._argument(a, node) for a in node.args]
+        self.steps.append(Step(_qualified(node.target), args, {}, [], [], self.where(node), sizes=made))
 
     def _are_views(self, results: list[int | None]) -> bool:
         """Whether a call makes no data: each result has the storage of an older slot."""
@@ -156,14 +170,15 @@ class Lowering:
         map_arg((args, kwargs), read.append)
         tensors = [n for n in read if isinstance(n.meta["val"], FakeTensor)]
         values, kwargs = map_arg((list(args), kwargs), lambda n: n.meta["val"])
+        most = of_bucket(self.bounds, tokens)
+        rows = max(tokens, *(self._rows(n, most) for n in tensors))
         try:
-            made = record(host, values, kwargs, self.target, tokens, tensors[0].meta["val"].fake_mode)
+            made = record(host, values, kwargs, self.target, rows, tensors[0].meta["val"].fake_mode)
         except (RuntimeError, TypeError, ValueError, AssertionError) as error:
             raise self._error(node, f"its kernel for {self.target.name} takes no such call: {error}") from error
         slots = {place(n.meta["val"]): self.ids[n] for n in tensors}
         slots |= {place(v): slot for v, slot in zip(made.results, results, strict=True) if slot is not None}
         scratch: list[int] = []
-        most = of_bucket(self.bounds, tokens)
         for value in made.allocated:
             if place(value) not in slots:
                 slots[place(value)] = self._scratch(f"{node.name}_scratch", value, node, most)
@@ -177,9 +192,16 @@ class Lowering:
         bucket = Bucket(tokens, launches, scratch, library)
         # Not of size 1: a dim of it that is known would be one that is broadcast.
         for symbols in ({name: max(size, 2) for name, size in most.items()}, dict.fromkeys(most, 2)):
-            if found := differs(bucket, host, values, kwargs, self.target, size_of, symbols):
+            if found := differs(bucket, rows, host, values, kwargs, self.target, size_of, symbols):
                 raise self._error(node, f"its launches do not follow the sizes: {found}")
         return bucket
+
+    def _rows(self, node: Node, most: Mapping[str, int]) -> int:
+        """The most rows of all ranks' tokens that an argument has; 0 where it has those of the rank, or none."""
+        shape = self._shape(node.meta["val"], node)
+        found = names_in(shape[0]) if shape else set()
+        gathered = AGREED in found or any(name.startswith(COUNTED) for name in found)
+        return evaluate(shape[0], most) if gathered else 0
 
     def _launches(self, calls: Sequence[Call], slots: Mapping[Place, int], size_of: SizeOf) -> list[Launch]:
         launches = []
@@ -286,6 +308,8 @@ class Lowering:
         return whole
 
     def _argument(self, value: Any, node: Node) -> Arg:
+        if isinstance(value, Node) and isinstance(value.meta.get("val"), list):
+            return [self._size(size, node) for size in value.meta["val"]]
         if isinstance(value, (list, tuple)):
             return [self._scalar(v, node) for v in value]
         return self._scalar(value, node)
@@ -317,9 +341,10 @@ class Lowering:
         """A size in the plan's symbols."""
 
         def symbol(match: re.Match[str]) -> str:
-            if match.group() not in self.symbols:
+            known = {**self.symbols, **self._counted}
+            if match.group() not in known:
                 raise self._error(node, f"the size {match.group()} in {size} belongs to no input")
-            return self.symbols[match.group()]
+            return known[match.group()]
 
         text = re.sub(r"\b[su]\d+\b", symbol, str(size))
         try:

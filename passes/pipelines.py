@@ -12,6 +12,7 @@ from atomc.passes.pointwise import Pointwise
 from atomc.passes.quantize import Quantize
 from atomc.passes.runner import Pass
 from atomc.passes.scheme import SCHEMES, Scheme
+from atomc.passes.shard import ShardGraph
 from atomc.passes.wide_linears import WideLinears
 from atomc.targets import Target, get_target
 
@@ -44,19 +45,30 @@ def compilation(
     target: Target | None = None,
     rows: Mapping[str, str] | None = None,
     index_query: str = "",
+    shard: ShardGraph | None = None,
 ) -> tuple[Pass, ...]:
     """The pipeline of every compile: find the operators, merge linears, quantise, fuse operators with their neighbours.
 
     Args:
-        rows, index_query: see `Quantize`.
+        rows, index_query: see `Quantize`. shard: how the model lies on many ranks.
     """
+    cut = () if shard is None else (shard,)
+    return (*finding(scheme, target, rows, index_query), *cut, *emission(target))
+
+
+def finding(
+    scheme: Scheme = SCHEMES["none"],
+    target: Target | None = None,
+    rows: Mapping[str, str] | None = None,
+    index_query: str = "",
+) -> tuple[Pass, ...]:
+    """The passes up to where the graphs of one rank and of many part."""
     target = target or get_target("cpu")
     scaled = (
         (quant_fusions.SCALED_MOE_EXPERTS, quant_fusions.SCALED_GROUPED_OUTPUT, quant_fusions.SCALED_LINEAR)
         if target.is_gpu
         else ()  # the cpu multiplies no narrow format: weights are expanded when they are loaded
     )
-    generated = (WideLinears(), Pointwise()) if target.is_gpu else ()
     return (
         Canonicalize(),
         *_BLOCKS,
@@ -78,6 +90,10 @@ def compilation(
         quant_fusions.HC_POST_PRE_NORM_QUANT,
         fusions.HC_HEAD_NORM,
         *scaled,
-        *generated,
-        DeadCode(),
     )
+
+
+def emission(target: Target | None = None) -> tuple[Pass, ...]:
+    """The passes after that."""
+    generated = (WideLinears(), Pointwise()) if (target or get_target("cpu")).is_gpu else ()
+    return (*generated, DeadCode())

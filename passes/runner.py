@@ -23,6 +23,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch.fx import GraphModule
 
+from atomc.ops.placement import Placement
 from atomc.passes.graph import PassError, readable
 from atomc.recipes import Choice, Recipe, TensorSpec
 
@@ -93,6 +94,8 @@ class Context:
             pass changed them.
         dtype: the compute dtype. spec_of: shape and dtype of what a recipe gives. choice: how scales are chosen.
         decisions: what a pass decided on layouts.
+        placements: placeholder -> mesh axis -> what a rank holds of it, where the graph is one of many ranks'.
+        sizes: placeholder -> symbol, of sizes that the ranks agree on before a step.
     """
 
     region: str
@@ -105,6 +108,8 @@ class Context:
     spec_of: Callable[[Recipe], TensorSpec] = _no_spec
     choice: Choice = field(default_factory=Choice)
     decisions: list[Decision] = field(default_factory=list)
+    placements: dict[str, dict[str, Placement]] = field(default_factory=dict)
+    sizes: dict[str, str] = field(default_factory=dict)
 
 
 Invariant = Callable[[GraphModule], str | None]
@@ -185,19 +190,23 @@ def run_pipeline(
     ctx: Context,
     dump: Path | None = None,
     stop_after: str | None = None,
+    after: tuple[Pass, ...] = (),
 ) -> list[Row]:
     """Run the passes in order, verifying the graph after each.
 
     Args:
         dump: folder for `NN_pass.py`, the graph after each pass (and `00_captured.py` before the first).
-        stop_after: label of the pass after which to stop.
+        stop_after: label of the pass after which to stop. after: passes that have run on the graph before.
     Raises:
         PassError: an invariant is missing or broken, or a pass found fewer or more matches than promised.
     """
     held: frozenset[str] = frozenset()
+    for step in after:
+        held = (held - step.breaks) | step.ensures
     rows: list[Row] = []
-    _dump(dump, 0, "captured", gm)
-    for index, step in enumerate(pipeline, start=1):
+    if not after:
+        _dump(dump, 0, "captured", gm)
+    for index, step in enumerate(pipeline, start=1 + len(after)):
         _require(step, held, ctx)
         before, start = len(gm.graph.nodes), time.perf_counter()
         report = step.run(gm, ctx)

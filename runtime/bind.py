@@ -5,7 +5,7 @@ Constants stand in the environment behind the slots, so that the arguments of a 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from operator import itemgetter
 from typing import Any
 
@@ -25,11 +25,15 @@ class BoundStep:
     """One step. `run` leaves releasing to its caller, who may look at the environment before.
 
     `fixed` is the environment it will run in copies of; constants are appended to it. What a step makes of sizes alone
-    is made on `device`.
+    is made on `device`. `special`: what runs for operators that the plan's names do not find.
     """
 
-    def __init__(self, step: Step, fixed: Environment, device: torch.device | None = None) -> None:
-        self.function = resolve(step.op)
+    def __init__(
+        self, step: Step, fixed: Environment, device: torch.device | None = None,
+        special: Mapping[str, Callable[..., Any]] | None = None,
+    ) -> None:  # fmt: skip
+        self.function = special[step.op] if special and step.op in special else resolve(step.op)
+        self.counts = step.sizes
         self.computed: list[tuple[int, Getter]] = []  # place in the environment, how to fill it
         self.gather = _gatherer([self._place(a, fixed) for a in step.args])
         self.constants = {k: _constant(v) for k, v in step.kwargs.items() if _is_constant(v)}
@@ -60,8 +64,11 @@ class BoundStep:
             result = self.function(*self.gather(env), **kwargs)
         else:
             result = self.function(*self.gather(env), **self.constants)
-        if self.output is not None and isinstance(result, torch.Tensor):
+        if self.output is not None and not isinstance(result, list | tuple):
             env[self.output] = result
+            return
+        if self.counts:
+            sizes.update(zip(self.counts, result, strict=True))
             return
         for slot, value in zip(self.outputs, result or (), strict=True):
             if slot is not None:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from atomc.artifact.order import SIDE_TOKENS, owners_of
-from atomc.artifact.plan import CallPlan, RegionPlan, StateTensor
+from atomc.artifact.plan import CallPlan, RegionPlan, StateTensor, slots_in
 from atomc.artifact.store import ArtifactError
 from atomc.ops import Batch
 from atomc.runtime.bind import BoundStep, Environment, Sizes
@@ -50,6 +50,18 @@ class PoolSizes:
         return size
 
 
+@dataclass(frozen=True)
+class Between:
+    """What the calls of several forms of a step share.
+
+    Attributes:
+        functions: what runs for the collectives, by operator. prepared: what was made of weights, by how it was made.
+    """
+
+    functions: Mapping[str, Callable[..., Any]]
+    prepared: dict[str, list[Tensor | None]] = field(default_factory=dict)
+
+
 class BoundCall:
     """One call of the program: its region's steps, and an environment with weights, state and constants in place."""
 
@@ -61,6 +73,7 @@ class BoundCall:
         states: Mapping[str, Tensor],
         gpu: Gpu | None = None,
         memory: Values | None = None,
+        between: Between | None = None,
     ) -> None:
         self.call, self.plan = call, plan
         self.fixed: Environment = [None] * len(plan.slots)
@@ -76,7 +89,7 @@ class BoundCall:
                     self.fields.append((item.slot, item.name))
                 case _:
                     self.values.append((item.slot, call.binds.get(item.name, item.name)))
-        self._prepare(call.prefix)
+        self._prepare(call.prefix, {} if between is None else between.prepared)
         self.outputs = list(plan.outputs.items())
         made = {slot for step in plan.steps for slot in step.outputs}
         owner = owners_of(plan.slots)
@@ -85,15 +98,22 @@ class BoundCall:
         self.steps = [
             LaunchStep(at, plan, gpu, buffers)
             if gpu is not None and step.buckets
-            else BoundStep(step, self.fixed, None if gpu is None else gpu.device)
+            else BoundStep(
+                step, self.fixed, None if gpu is None else gpu.device, None if between is None else between.functions
+            )
             for at, step in enumerate(plan.steps)
         ]
 
-    def _prepare(self, prefix: str) -> None:
-        """Make what the plan makes of the weights, once."""
+    def _prepare(self, prefix: str, made: dict[str, list[Tensor | None]]) -> None:
+        """Make what the plan makes of the weights, once: what another form of the step has made is taken from there."""
+        names = {item.slot: item.name for item in self.plan.inputs if item.role == "weight"}
         for step in self.plan.prepare:
+            given = [[f"<{names[i]}>" for i in slots_in(a)] or repr(a) for a in step.args]
+            key = f"{prefix}: {step.op} {given} {sorted(step.kwargs.items())}"
             try:
-                BoundStep(step, self.fixed).run(self.fixed, {})
+                if key not in made:
+                    BoundStep(step, self.fixed).run(self.fixed, {})
+                    made[key] = [None if slot is None else self.fixed[slot] for slot in step.outputs]
             except Exception as error:
                 where = f"{prefix or self.plan.name}: {step.op} ({step.source})"
                 if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
@@ -104,6 +124,9 @@ class BoundCall:
                 raise ArtifactError(
                     f"The weights cannot be prepared, at {where}: {error}. Compile the artifact again."
                 ) from error
+            for index, slot in enumerate(step.outputs):
+                if slot is not None:
+                    self.fixed[slot], names[slot] = made[key][index], f"{index} of {key}"
 
     def run(self, batch: Mapping[str, Tensor], values: dict[str, Tensor], sizes: Sizes, watch: Watch | None) -> None:
         """Run the steps; reads and updates `values`."""
@@ -142,6 +165,7 @@ class Executor:
         states: the caches of all layers by `prefix + name`.
     """
 
+    least = 1  # of tokens, requests and rows of logits in a step
     graphs: DecodeGraphs | None = None
 
     def __init__(
@@ -281,10 +305,9 @@ class Executor:
             "blocks": self.pools.blocks, "slots": self.pools.slots,
         }  # fmt: skip
         for symbol in ("T", "B", "N4", "NH", "L"):
-            if not 1 <= sizes[symbol] <= self.bounds[symbol]:
-                raise BatchError(
-                    f"a step has {symbol} = {sizes[symbol]}; the artifact is compiled for 1 to {self.bounds[symbol]}."
-                )
+            if not self.least <= sizes[symbol] <= self.bounds[symbol]:
+                legal = f"{self.least} to {self.bounds[symbol]}"
+                raise BatchError(f"a step has {symbol} = {sizes[symbol]}; the artifact is compiled for {legal}.")
         tokens, requests = sizes["T"], sizes["B"]
         if sizes["L"] > tokens:
             raise BatchError(f"a step of {tokens} tokens has {sizes['L']} rows of logits; there is one for each token.")
@@ -293,10 +316,10 @@ class Executor:
             (requests, self.serving.window_table_width), (requests, self.serving.block_table_width),
             (sizes["N4"],), (sizes["NH"],), (sizes["L"],),
         )  # fmt: skip
-        for name, field, shape in zip(Batch._fields, batch, expected, strict=True):
-            if field.shape != shape or field.dtype is not torch.int32:
+        for name, tensor, shape in zip(Batch._fields, batch, expected, strict=True):
+            if tensor.shape != shape or tensor.dtype is not torch.int32:
                 raise BatchError(
-                    f"batch.{name} is {list(field.shape)} {field.dtype}; {list(shape)} torch.int32 is needed."
+                    f"batch.{name} is {list(tensor.shape)} {tensor.dtype}; {list(shape)} torch.int32 is needed."
                 )
         return sizes
 

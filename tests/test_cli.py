@@ -95,6 +95,38 @@ def test_compile_stops_after_a_pass_and_dumps_the_graphs(cli: Cli, tmp_path: Pat
     assert "atom.hc_head" in (dump / "head" / "03_fuse_hc_head.py").read_text()
 
 
+def test_compile_cuts_for_many_ranks_and_proves_it(cli: Cli, tmp_path: Path) -> None:
+    model, output, dump = write_checkpoint(tmp_path / "model", **ONE_LAYER), tmp_path / "out.atom", tmp_path / "ir"
+    layouts = ("--parallel", "moe=ep,dp=2", "--parallel", "tp=2", "--parallel", "dp=2,moe=ep")
+    ran = cli("compile", model, "-o", output, *layouts, "--no-weights", "--scheme", "none", "--dump-ir", dump)
+    assert ran.code == 0, ran.err
+    assert "dp=2,moe=ep: decode by gather, prefill by route; 3 collectives a step at most, alike in" in ran.out
+    assert "tp=2,moe=tp: decode by gather" in ran.out
+    cut = [f.name.split("_", 1)[1] for f in sorted((dump / "layer_swa_hash__dp2_moeep_route").iterdir())]
+    assert cut == ["shard.py", "dead_code.py"]
+    assert "all_to_all_single" in (output / "graph" / "layer_swa_hash__dp2_moeep_route.py").read_text()
+    assert "| dp=2,moe=ep | 2 | prefill | route | 3 |" in (output / "report.md").read_text()
+    found = cli("verify", "--collectives", output, "--json").json["layouts"]
+    assert [(one["layout"], one["ranks"], one["longest_step"]) for one in found] == [
+        ("dp=2,moe=ep", 2, 3), ("tp=2,moe=tp", 2, 4),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("parallel", "why"),
+    [
+        ("dp=2,tbo=all", "batches cannot be overlapped yet"),
+        ("pp=2", "'pp=2' is none of dp=N"),
+    ],
+)
+def test_compile_refuses_what_it_cannot_do_for_many_ranks(cli: Cli, tmp_path: Path, parallel: str, why: str) -> None:
+    ran = cli("compile", "deepseek-v4-nano", "-o", tmp_path / "out.atom", "--parallel", parallel)
+    assert ran.code == 2
+    assert why in " ".join(ran.err.split())
+    assert not (tmp_path / "out.atom").exists()
+    cli("compile", "deepseek-v4-nano", "--parallel", "dp=2", "--stop-after", "dead_code").failed(2, "--parallel out")
+
+
 def test_a_gpu_target_says_which_operators_have_no_kernel(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -36,6 +36,7 @@ from atomc.recipes import (
     from_json,
     instantiate,
     output_spec,
+    part_of,
     sources,
     to_json,
 )
@@ -334,3 +335,40 @@ def test_any_recipe_survives_json_and_fails_only_as_a_recipe_error(recipe: Recip
         else:
             outcomes.append((tuple(result.shape), result.dtype))
     assert outcomes[0] == outcomes[1]
+
+
+# -- parts -------------------------------------------------------------------------------------------------------------
+
+_PARTS = {f"e{i}.w{k}": torch.randn(8, 6) for i in range(4) for k in (1, 3)}
+_STACKED = Stack(tuple(Concat((Load(f"e{i}.w1"), Cast(Load(f"e{i}.w3"), "float32")), 0) for i in range(4)))
+
+
+def _part_spec(recipe: Recipe) -> TensorSpec:
+    return output_spec(recipe, lambda name: TensorSpec(tuple(_PARTS[name].shape), _PARTS[name].dtype))
+
+
+@pytest.mark.parametrize(("dim", "count", "parts"), [(0, 2, 1), (0, 4, 1), (1, 2, 2), (1, 8, 1), (1, 4, 2), (2, 3, 1)])
+def test_parts_are_those_of_the_whole(dim: int, count: int, parts: int) -> None:
+    whole = evaluate(_STACKED, _PARTS.__getitem__)
+    runs = whole.chunk(parts, dim)
+    for index in range(count):
+        recipe = part_of(_STACKED, dim, index, count, _part_spec, parts)
+        expected = torch.cat([run.chunk(count, dim)[index] for run in runs], dim)
+        assert torch.equal(evaluate(recipe, _PARTS.__getitem__), expected)
+        assert _part_spec(recipe).shape == expected.shape
+        assert from_json(to_json(recipe)) == recipe
+
+
+def test_a_part_reads_no_other_experts() -> None:
+    assert sources(part_of(_STACKED, 0, 1, 4, _part_spec)) == ["e1.w1", "e1.w3"]
+    assert sources(part_of(_STACKED, 1, 0, 2, _part_spec)) == [f"e{i}.w1" for i in range(4)]
+
+
+def test_a_part_of_a_constant_is_one() -> None:
+    numbers = Constant((0, 3, 6), (3,), "int32")
+    assert part_of(numbers, 0, 1, 3, _part_spec) == Constant((3,), (1,), "int32")
+
+
+def test_units_that_parts_do_not_divide_are_refused() -> None:
+    with pytest.raises(RecipeError, match=r"dim 2 of e0\.w1, e0\.w3 has 6 units, which 4 parts do not divide"):
+        part_of(_STACKED, 2, 0, 4, _part_spec)

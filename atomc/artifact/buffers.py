@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from atomc.artifact.expr import evaluate
-from atomc.artifact.plan import ALIGNMENT, DTYPE_BYTES, CallPlan, RegionPlan, SlotInfo
+from atomc.artifact.plan import AGREED, ALIGNMENT, COUNTED, DTYPE_BYTES, CallPlan, RegionPlan, SlotInfo
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,12 @@ def slot_bytes(info: SlotInfo, symbols: Mapping[str, int]) -> int:
 
 
 def of_bucket(symbols: Mapping[str, int], tokens: int) -> dict[str, int]:
-    """The largest sizes of a step of at most `tokens` tokens: logits are of tokens, so there are no more of them."""
-    return {**symbols, **{name: min(symbols[name], tokens) for name in ("T", "L")}}
+    """The largest sizes of a step of at most `tokens` tokens: logits are of tokens, so there are no more of them.
+
+    Of a rank's step `tokens` is what the ranks agreed on, so that no rank has more, or sends more to another.
+    """
+    small = {"T", "L", AGREED, *(name for name in symbols if name.startswith(COUNTED))}
+    return {name: min(size, tokens) if name in small else size for name, size in symbols.items()}
 
 
 def lower_bound(buffers: Sequence[Buffer]) -> int:

@@ -9,7 +9,7 @@ Terms: see `atomc.artifact.plan`. A *problem* is one sentence that begins with t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
 from torch import Tensor
@@ -18,6 +18,7 @@ from atomc.artifact.buffers import lower_bound, value_buffers
 from atomc.artifact.check_region import Problems, check_region, sizes
 from atomc.artifact.manifest import Manifest, Serving
 from atomc.artifact.plan import DTYPE_BYTES, PROBES, ProgramPlan, RegionPlan, SlotInfo
+from atomc.artifact.ranks import FILE, RanksPlan
 
 PROGRAM: Final = "plan/program.json"
 RESULT: Final = "logits"
@@ -30,23 +31,37 @@ def check_program(
     program: ProgramPlan,
     regions: Mapping[str, RegionPlan],
     weights: Mapping[str, Tensor] | None = None,
+    ranks: Sequence[RanksPlan] = (),
 ) -> None:
     """Check a program and, where given, that the weights are exactly those it needs.
 
+    Args:
+        regions: all that there are. ranks: layouts on many ranks, whose forms are checked as programs; that their
+            ranks agree is another proof (`atomc.artifact.agreement`).
     Raises:
         ArtifactError: lists the problems found.
     """
     problems = Problems()
     serving = manifest.serving
     _check_facts(problems, manifest, program)
-    for name, region in regions.items():
-        if region.name != name:
-            problems.add(f"plan/{name}.json", f"its name is {region.name!r}")
-        check_region(problems, region, batch_shapes(serving), serving.bounds())
-    if not problems.found:  # calls are checked against regions that are right in themselves
-        _check_calls(problems, program, regions, serving)
-    if not problems.found:
-        _check_memory(problems, program, regions, serving.bounds())
+    programs = {PROGRAM: program} | {
+        f"plan/{FILE}: {plan.layout}, {form}": plan.program(form, program) for plan in ranks for form in plan.forms
+    }
+    called = {call.region for known in programs.values() for call in known.calls}
+    done: set[str] = set()
+    for where, known in programs.items():
+        own = {name: regions[name] for name in sorted({c.region for c in known.calls}) if name in regions}
+        for name in sorted(own.keys() - done):
+            if own[name].name != name:
+                problems.add(f"plan/{name}.json", f"its name is {own[name].name!r}")
+            check_region(problems, own[name], batch_shapes(serving), known.symbols)
+        done |= own.keys()
+        if not problems.found:  # calls are checked against regions that are right in themselves
+            _check_calls(problems, where, known, own, serving)
+        if not problems.found:
+            _check_memory(problems, where, known, own, known.symbols)
+    for name in sorted(regions.keys() - called):
+        problems.add(f"plan/{name}.json", "no call uses it")
     if weights is not None and not problems.found:
         _check_weights(problems, program, regions, weights)
     problems.raise_for(folder)
@@ -87,14 +102,14 @@ def _check_facts(problems: Problems, manifest: Manifest, program: ProgramPlan) -
         problems.add(PROGRAM, f"symbols are {program.symbols}, by the limits {serving.bounds()}")
 
 
-def _check_calls(problems: Problems, program: ProgramPlan, regions: Mapping[str, RegionPlan], serving: Serving) -> None:
+def _check_calls(
+    problems: Problems, file: str, program: ProgramPlan, regions: Mapping[str, RegionPlan], serving: Serving
+) -> None:
     """Each call's inputs exist when it runs, with the shape and dtype its region expects."""
     values: Specs = {}
     states = _states(problems, program)
-    for name in sorted(regions.keys() - {call.region for call in program.calls}):
-        problems.add(f"plan/{name}.json", "no call uses it")
     for at, call in enumerate(program.calls):
-        where = f"{PROGRAM}: call {at} ({call.region} {call.prefix!r})"
+        where = f"{file}: call {at} ({call.region} {call.prefix!r})"
         region = regions.get(call.region)
         if region is None:
             problems.add(where, "there is no such region")
@@ -112,7 +127,7 @@ def _check_calls(problems: Problems, program: ProgramPlan, regions: Mapping[str,
                 _expect(problems, where, f"state {name!r}", states.get(name), info)
         values |= {name: _spec(region.slots[slot]) for name, slot in region.outputs.items()}
     logits = SlotInfo(RESULT, "value", ["L", serving.vocab_size], "float32", None, 0, 0, None)
-    _expect(problems, f"{PROGRAM}: result", f"value {RESULT!r}", values.get(RESULT), logits)
+    _expect(problems, f"{file}: result", f"value {RESULT!r}", values.get(RESULT), logits)
 
 
 def _states(problems: Problems, program: ProgramPlan) -> Specs:
@@ -142,15 +157,28 @@ def _expect(
 
 
 def _check_memory(
-    problems: Problems, program: ProgramPlan, regions: Mapping[str, RegionPlan], bounds: Mapping[str, int]
+    problems: Problems, file: str, program: ProgramPlan, regions: Mapping[str, RegionPlan], bounds: Mapping[str, int]
 ) -> None:
     """The program's totals: the largest arena, and room for the values that are alive at one time."""
     largest = max((r.arena_bytes for r in regions.values()), default=0)
     if program.arena_bytes != largest:
-        problems.add(PROGRAM, f"arena_bytes is {program.arena_bytes}, the largest region's {largest}")
+        problems.add(file, f"arena_bytes is {program.arena_bytes}, the largest region's {largest}")
     least = lower_bound(value_buffers(program.calls, regions, bounds))
     if program.values_bytes < least:
-        problems.add(PROGRAM, f"values_bytes is {program.values_bytes}, but {least} are alive at one time")
+        problems.add(file, f"values_bytes is {program.values_bytes}, but {least} are alive at one time")
+
+
+def check_weights(
+    folder: str, program: ProgramPlan, regions: Mapping[str, RegionPlan], weights: Mapping[str, Tensor]
+) -> None:
+    """Check that weights are exactly those that a program needs.
+
+    Raises:
+        ArtifactError: lists the problems found.
+    """
+    problems = Problems()
+    _check_weights(problems, program, regions, weights)
+    problems.raise_for(folder)
 
 
 def _check_weights(

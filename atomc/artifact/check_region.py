@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from importlib import import_module
 from typing import Any, Final
 
 import torch
@@ -10,11 +11,12 @@ import torch
 import atomc.ops  # noqa: F401  defines torch.ops.atom
 from atomc.artifact.buffers import aligned, of_bucket, slot_bytes
 from atomc.artifact.check_layouts import check_layouts, check_results
-from atomc.artifact.expr import ExpressionError, evaluate, parse
+from atomc.artifact.expr import ExpressionError, evaluate, names_in, parse
 from atomc.artifact.names import Names
 from atomc.artifact.order import apart, check_streams, owners_of
 from atomc.artifact.plan import (
     ALIGNMENT,
+    COUNTED,
     DTYPE_BYTES,
     PROBES,
     Arg,
@@ -30,7 +32,8 @@ from atomc.artifact.plan import (
 from atomc.artifact.store import ArtifactError
 from atomc.ops.library import CALLS
 
-NAMESPACES: Final = ("aten", "atom")
+COLLECTIVE: Final = "_c10d_functional"
+NAMESPACES: Final = ("aten", "atom", COLLECTIVE)
 # Operators that return a view where they can and a copy where they must.
 MAY_COPY: Final = frozenset({"aten::reshape", "aten::contiguous", "aten::to", "aten::flatten"})
 MOST_SHOWN: Final = 20
@@ -69,6 +72,8 @@ def operator_of(name: str) -> torch._ops.OpOverload | None:
     parts = name.split(".")
     if len(parts) != 3 or parts[0] not in NAMESPACES:
         return None
+    if parts[0] == COLLECTIVE:
+        import_module("torch.distributed._functional_collectives")  # defines them; one rank needs none
     found: Any = torch.ops
     for part in parts:
         found = getattr(found, part, None) if part.isidentifier() and not part.startswith("__") else None
@@ -144,7 +149,7 @@ def _inputs(problems: Problems, region: RegionPlan, batch: Mapping[str, list[int
 def _steps(problems: Problems, region: RegionPlan, batch: object, bounds: Mapping[str, int]) -> None:
     inputs = {item.slot for item in region.inputs}
     taken = set(inputs)  # released ones too: a slot has one value in its life
-    names = Names(region)
+    names, counted = Names(region), set[str]()
     defined = inputs | _prepared(problems, region, names, taken, set(bounds))
     for at, step in enumerate(region.steps):
         where = names.place("step", at, step)
@@ -153,6 +158,8 @@ def _steps(problems: Problems, region: RegionPlan, batch: object, bounds: Mappin
             problems.add(where, "no such operator in aten or atom")
             return
         for problem in (*_call(step, op, region, defined, set(bounds)), *_results(step, op, region, taken)):
+            problems.add(where, problem)
+        for problem in _counts(step, counted, set(bounds)):
             problems.add(where, problem)
         made = {s for s in step.outputs if s is not None} | _scratch(step)
         for problem in _launches(step, region, defined | made, bounds):
@@ -164,6 +171,19 @@ def _steps(problems: Problems, region: RegionPlan, batch: object, bounds: Mappin
     for name, slot in region.outputs.items():
         if slot not in defined:
             problems.add(f"output {name!r}", f"slot {slot} ({region.slots[slot].name}) is not there at the end")
+
+
+def _counts(step: Step, known: set[str], symbols: set[str]) -> Iterable[str]:
+    """Counted sizes: known before they are used, given a value once, by what counts."""
+    given = [a for arg in (*step.args, *step.kwargs.values()) for a in (arg if isinstance(arg, list) else [arg])]
+    used = set().union(*(names_in(a.expr) for a in given if isinstance(a, Size)))
+    if early := sorted(n for n in used if n.startswith(COUNTED) and n not in known):
+        yield f"sizes {early} are used before they are counted"
+    if step.sizes and step.op != "atom.host_sizes.default":
+        yield f"gives {step.sizes} a value; it counts nothing"
+    if wrong := sorted(n for n in step.sizes if n in known or n not in symbols or not n.startswith(COUNTED)):
+        yield f"gives {wrong} a value, which are no sizes that are still to be counted"
+    known.update(step.sizes)
 
 
 def _scratch(step: Step) -> set[int]:
@@ -254,6 +274,8 @@ def _results(step: Step, op: torch._ops.OpOverload, region: RegionPlan, taken: s
     """What is wrong with the results of a step."""
     returns = op._schema.returns
     listed = len(returns) == 1 and str(returns[0].type).startswith("List")
+    if step.op == "atom.host_sizes.default" and (step.outputs or not step.sizes):
+        yield "counts go into sizes, not into slots"
     if not listed and len(step.outputs) != len(returns):
         yield f"{len(step.outputs)} results; the operator has {len(returns)}"
         return
@@ -314,6 +336,7 @@ def _misfit(arg: Arg, kind: str, symbols: set[str]) -> str | None:
         "number": number or isinstance(arg, (bool, Size)),
         "ScalarType": isinstance(arg, DType),
         "str": isinstance(arg, str),
+        "Any": isinstance(arg, str),  # the group of a collective
     }
     return None if fits.get(kind, False) else f"is {arg!r}, not {kind}"
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ast
 import operator
+import re
 from collections.abc import Callable, Mapping, Set
 from typing import Final
 
 from atomc.errors import AtomcError
 
 Evaluate = Callable[[Mapping[str, int]], int]
-MAX_LENGTH: Final = 200  # characters; also bounds how deep an expression nests
+MAX_LENGTH: Final = 1000  # characters; also bounds how deep an expression nests
 _BINARY: dict[type[ast.operator], Callable[[int, int], int]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -64,6 +65,11 @@ def _build(tree: ast.expr, text: str, symbols: Set[str] | None) -> Evaluate:
 def _positive(divisor: ast.expr, text: str) -> None:
     if not (isinstance(divisor, ast.Constant) and type(divisor.value) is int and divisor.value > 0):
         raise ExpressionError(f"{text!r} is not a size expression: // and % need a positive integer on the right")
+
+
+def names_in(size: int | str) -> set[str]:
+    """The symbols of a size that is an integer or an expression."""
+    return set() if isinstance(size, int) else set(re.findall(r"[A-Za-z_]\w*", size))
 
 
 def evaluate(size: int | str, symbols: Mapping[str, int]) -> int:

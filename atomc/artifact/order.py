@@ -169,3 +169,8 @@ def _misplaced(at: int, steps: Sequence[Step], owner: Sequence[int], aside: bool
     if step.waits != sorted(set(step.waits)):
         found.append(f"waits for {step.waits}, out of order or twice")
     return found
+
+
+def buckets_of(most: int) -> tuple[int, ...]:
+    """Upper bounds of tokens for which kernels are configured: decode of a few requests, of many, prefill."""
+    return (*(n for n in (SIDE_TOKENS, 64, 256, 1024) if n < most), most)

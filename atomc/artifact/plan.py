@@ -12,11 +12,27 @@ import msgspec
 
 # T tokens, B requests, N4 / NH completed CSA / HCA windows, L wanted logits; sizes of the pools of state.
 SYMBOLS: Final = ("T", "B", "N4", "NH", "L", "window_pages", "blocks", "slots")
+# Of a plan for many ranks: rows of a message, on which the ranks agree; a rank's index on each axis.
+AGREED: Final = "P"
+INDEX: Final = {"dp": "dp_index", "tp": "tp_index"}
+COUNTED: Final = "X"  # X0, X1, ...: numbers of rows that only running tells
+
+
+class Probe(dict[str, int]):
+    """Example sizes; of a counted one by its number."""
+
+    def __missing__(self, name: str) -> int:
+        if not (name.startswith(COUNTED) and name[1:].isdigit()):
+            raise KeyError(name)
+        return 2 * int(name[1:]) + self["slots"]
+
+
+def _probe(*sizes: int) -> Probe:
+    return Probe(zip((*SYMBOLS, AGREED, *INDEX.values()), sizes, strict=True))
+
+
 # Two sets of sizes that no layout's block divides by accident; shapes that agree on both agree.
-PROBES: Final = (
-    dict(zip(SYMBOLS, (11, 3, 5, 7, 2, 13, 17, 19), strict=True)),
-    dict(zip(SYMBOLS, (101, 29, 31, 37, 41, 43, 47, 53), strict=True)),
-)
+PROBES: Final = _probe(11, 3, 5, 7, 2, 13, 17, 19, 23, 1, 1), _probe(101, 29, 31, 37, 41, 43, 47, 53, 103, 2, 3)
 DTYPE_BYTES: Final = {
     "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e4m3fnuz": 1, "float8_e5m2": 1,
     "float8_e5m2fnuz": 1, "float8_e8m0fnu": 1,
@@ -134,6 +150,7 @@ class Step(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
         buckets: on a GPU, the launches that compute it, for the fewest tokens first; empty: torch's own kernel.
         stream: where it is launched in a small decode step, 0 being the main one; see `atomc.artifact.order`.
         waits: steps of other streams that are over when it begins there, in order.
+        sizes: counted symbols that its numbers give a value, from there on.
     """
 
     op: str
@@ -145,6 +162,7 @@ class Step(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
     buckets: list[Bucket] = []
     stream: int = 0
     waits: list[int] = []
+    sizes: list[str] = []
 
 
 class RegionInput(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -12,6 +12,7 @@ import typer
 
 if TYPE_CHECKING:
     from atomc.compiler import Options, Result
+    from atomc.targets import Target
 
 ModelArgument = Annotated[
     str, typer.Argument(help="A checkpoint folder, or a bundled model (deepseek-v4-flash, -nano, -pro).")
@@ -57,6 +58,10 @@ def compile_command(
     no_weights: Annotated[bool, typer.Option("--no-weights", help="Compile and check without a checkpoint.")] = False,
     dump_ir: Annotated[Path | None, typer.Option(help="Write each region's graph after every pass here.")] = None,
     stop_after: Annotated[str | None, typer.Option(help="Stop after this pass; writes no artifact.")] = None,
+    parallel: Annotated[
+        list[str] | None,
+        typer.Option(help="A layout on many ranks beside that of one: dp=N,tp=N,moe=tp|ep. Once for each."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Compile a model for a target into an artifact. Needs no GPU."""
@@ -71,17 +76,9 @@ def compile_command(
     path = output or Path(f"{Path(model).resolve().name.removesuffix('.json')}.atom")
     if dump_ir is not None:
         check_folder(dump_ir, "--dump-ir")
-    from atomc.artifact.store import check_output
-    from atomc.cli.failure import OptionError
-    from atomc.compiler import CompileError, Options, check_stop
-
-    if stop_after is None:
-        check_output(path)
-    else:
-        try:
-            check_stop(stop_after, known)
-        except CompileError as error:
-            raise OptionError(str(error)) from error
+    layouts = tuple(parallel or ())
+    _check_end(path, stop_after, known, layouts)
+    from atomc.compiler import Options
 
     options = Options(
         dtype=dtype or ("bfloat16" if known.is_gpu else "float32"),
@@ -90,6 +87,7 @@ def compile_command(
         max_context=max_context or 0, max_batch_tokens=max_batch_tokens, max_requests=max_requests,
         max_logit_rows=min(max_batch_tokens, 512) if max_logit_rows is None else max_logit_rows,
         with_weights=not no_weights, dump_ir=dump_ir, stop_after=stop_after,
+        parallel=layouts,
     )  # fmt: skip
     result, seconds = _compile(model, target, path, options)
     summary = _summary(result, seconds, options)
@@ -99,6 +97,24 @@ def compile_command(
         emit_json(summary)
     else:
         _show(result, summary, options)
+
+
+def _check_end(output: Path, stop_after: str | None, target: Target, parallel: tuple[str, ...]) -> None:
+    """Whether the compile can end as it is asked to, before it starts."""
+    from atomc.artifact.store import check_output
+    from atomc.cli.failure import OptionError
+    from atomc.compiler import CompileError, check_stop
+    from atomc.parallel.layout import LayoutError
+    from atomc.ranks import layouts_of
+
+    try:
+        layouts_of(parallel)
+        if stop_after is not None:
+            check_stop(stop_after, target, parallel)
+    except (CompileError, LayoutError) as error:
+        raise OptionError(str(error)) from error
+    if stop_after is None:
+        check_output(output)
 
 
 def _check_positive(*limits: tuple[str, int | None]) -> None:
@@ -129,6 +145,7 @@ def _summary(result: Result, seconds: float, options: Options) -> dict[str, Any]
     """Everything `--json` writes and the panel shows."""
     from atomc.artifact import facts
     from atomc.artifact.store import read_manifest
+    from atomc.cli.layouts import as_data
     from atomc.report import matches, nodes
 
     before, after = nodes(result.explanation)
@@ -137,7 +154,7 @@ def _summary(result: Result, seconds: float, options: Options) -> dict[str, Any]
         "output": result.output, "sha256": result.hash,
         "seconds": round(seconds, 3), "peak_rss_bytes": _peak_rss(), "nodes_before": before, "nodes_after": after,
         "matches": matches(result.explanation), "regions": dict.fromkeys(result.explanation, 0),
-        "calibrated": result.calibrated,
+        "calibrated": result.calibrated, "ranks": [as_data(one) for one in result.ranks],
     }  # fmt: skip
     if result.program is None or result.output is None:
         return summary
@@ -201,6 +218,7 @@ def _show(result: Result, summary: dict[str, Any], options: Options) -> None:
 
     from atomc.artifact.facts import bytes_text
     from atomc.cli.console import facts, stdout
+    from atomc.cli.layouts import line
 
     used = summary["regions"]
     rows = [
@@ -220,6 +238,7 @@ def _show(result: Result, summary: dict[str, Any], options: Options) -> None:
             ("a step's memory", f"arena {sizes['arena_bytes']}, values {sizes['values_bytes']}"),
             ("a request's state",
              f"{sizes['state_bytes_per_request']} + {sizes['state_bytes_per_1024_tokens']} per 1,024 tokens"),
+            *((f"{one.plan.mesh.ranks} ranks", line(one)) for one in result.ranks),
             *([("packing", _packing(summary["packed"]))] if summary["packed"] else []),
             *([("kernels", _kernels(summary["kernels"], summary["kernel_faults"]))] if result.kernels else []),
             ("artifact", f"{summary['output']}, {sizes['artifact_bytes']}"),

@@ -48,6 +48,21 @@ def explain_command(
     _show_refusals(explanation)
     if pass_name is None and stored:
         _show_totals(stored)
+    if pass_name is None and region is None:
+        _show_ranks(what)
+
+
+def _show_ranks(what: str) -> None:
+    """What the ranks of each layout of an artifact send, where it has layouts of more than one."""
+    from atomc.cli import layouts
+    from atomc.cli.console import stdout
+    from atomc.cli.paths import is_artifact
+    from atomc.runtime.loader import read_ranks
+    from atomc.verify.collectives import verify_collectives
+
+    if is_artifact(what) and read_ranks(Path(what)):
+        stdout().print()
+        layouts.show(verify_collectives(Path(what)))
 
 
 def _check_options(what: str, both: bool, target: str | None, scheme: str | None) -> None:

@@ -30,9 +30,17 @@ def verify_command(
     bisect: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Cut the first wrong step down and write a repro here.")
     ] = None,
+    collectives: Annotated[
+        bool, typer.Option("--collectives", help="Prove instead that ranks agree; needs no weights.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Check numerics: each step against float64 on real text, each weight against the checkpoint."""
+    if collectives:
+        from atomc.cli import layouts
+
+        layouts.verify(artifact, as_json)
+        return
     from atomc.cli.texts import limited, read_documents
 
     if bisect is not None:

@@ -33,7 +33,8 @@ def _compressed_rows(
     """Gathered compressed rows [t, n, d] and which are selected and visible [t, n]."""
     visible = ((positions.long() + 1) // ratio)[:, None]
     if topk is None:
-        rows = torch.arange(int(visible.max()), device=positions.device).expand(positions.shape[0], -1)
+        most = int(visible.max()) if len(visible) else 0
+        rows = torch.arange(most, device=positions.device).expand(positions.shape[0], -1)
     else:
         rows = topk.long()
     valid = (rows >= 0) & (rows < visible)
@@ -86,7 +87,7 @@ def sparse_attention(
         [T, H, d] in q's dtype, before the inverse RoPE.
     """
     out = torch.empty_like(q)
-    most = int(positions.max() + 1) // ratio if cache is not None and topk is None else 0
+    most = int(positions.max() + 1) // ratio if cache is not None and topk is None and len(positions) else 0
     width = window_size + (topk.shape[1] if topk is not None else most)
     chunk = max(1, GATHER_ELEMENTS // (width * q.shape[-1]))
     for at in range(0, q.shape[0], chunk):

@@ -123,7 +123,7 @@ def hc_pre(
     lead, flat = h.shape[:-2], h.reshape(-1, *h.shape[-2:]).float()
     pre, post, comb = _coefficients(flat, fn, base, scale, norm_eps, hc_eps, iters)
     x = _collapse(pre, flat).to(h.dtype)
-    return x.view(*lead, -1), post.view(*lead, -1), comb.view(*lead, *comb.shape[1:])
+    return tuple(part.view(*lead, *part.shape[1:]) for part in (x, post, comb))  # type: ignore[return-value]
 
 
 @implement_cpu("hc_post")
@@ -223,7 +223,7 @@ def index_rope_topk(
     if layout:
         turned = dequantize(*quantize(hadamard(turned), layout), layout, q.dtype)
     visible = (positions + 1).div_(ratio, rounding_mode="floor")
-    most = int(visible.max())
+    most = int(visible.max()) if len(visible) else 0
     if most * q.shape[0] * q.shape[-1] > GATHERED_KEYS:
         return index_topk(turned, weights, cache, table, requests, positions, query_start, ratio, topk, rows)
     if most == 0:
@@ -292,20 +292,22 @@ def _experts(
     width = w13.shape[1] // 2
     flat = indices.flatten()
     order = flat.argsort(stable=True)
-    groups = [(expert, n) for expert, n in enumerate(flat.bincount().tolist()) if n]
+    others, *counts = (flat + 1).bincount(minlength=1).tolist()  # -1: experts of other ranks
+    groups = [(expert, n) for expert, n in enumerate(counts) if n]
+    order = order[others:]
     rows = x[order.div(k, rounding_mode="floor")]
-    hidden = x.new_empty((count * k, 2 * width))
+    hidden = x.new_empty((rows.shape[0], 2 * width))
     _grouped_mm(rows, w13, groups, hidden)
     gate, up = hidden[:, :width].float(), hidden[:, width:].float()
     a = F.silu(gate.clamp(max=limit)).mul_(up.clamp(-limit, limit)).mul_(weights.flatten()[order].unsqueeze(1))
     a = a.to(x.dtype)
     if inner_layout:
         a = dequantize(*quantize(a, inner_layout), inner_layout, x.dtype)
-    out = x.new_empty((count * k, x.shape[1]))
+    out = x.new_empty((rows.shape[0], x.shape[1]))
     _grouped_mm(a, w2, groups, out)
     # Back in the order of choices, so that the sum is the reference's.
-    chosen = torch.empty_like(out).index_copy_(0, order, out)
-    return chosen.view(count, k, -1).float().sum(dim=1)
+    chosen = x.new_zeros((count * k, x.shape[1])).index_copy_(0, order, out)
+    return chosen.view(count, k, x.shape[1]).float().sum(dim=1)
 
 
 def _grouped_mm(rows: torch.Tensor, weight: torch.Tensor, groups: list[tuple[int, int]], out: torch.Tensor) -> None:

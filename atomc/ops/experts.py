@@ -25,7 +25,8 @@ def grouped_linear(x: torch.Tensor, weight: torch.Tensor, indices: torch.Tensor)
     """Apply to each (token, choice) the matrix of its expert.
 
     Args:
-        x: [T, K] one row per token, or [T, k, K] one per choice. weight: [E, N, K]. indices: [T, k] int64.
+        x: [T, K] one row per token, or [T, k, K] one per choice. weight: [E, N, K]. indices: [T, k] int64; -1 where
+            the expert is another rank's: the result is 0 there.
     Returns:
         [T, k, N] in x's dtype.
     """
@@ -36,8 +37,8 @@ def by_expert(
     x: torch.Tensor, width: int, indices: torch.Tensor, matrix: Callable[[int], torch.Tensor]
 ) -> torch.Tensor:
     """`grouped_linear` with `matrix(expert)` [width, K], asked for once and only for experts that have tokens."""
-    out = x.new_empty((*indices.shape, width))
-    for expert in torch.unique(indices).tolist():
+    out = x.new_zeros((*indices.shape, width))
+    for expert in torch.unique(indices[indices >= 0]).tolist():
         token, choice = torch.where(indices == expert)
         rows = x[token] if x.dim() == 2 else x[token, choice]
         out[token, choice] = F.linear(rows, matrix(expert))
@@ -62,7 +63,8 @@ def moe_experts(
     """`sum_k w2[e_k] (w_k * swiglu(w13[e_k] x))`; the routing weight is applied before w2, as the reference does.
 
     Args:
-        x: [T, D]. w13: [E, 2I, D], gate rows then up rows. w2: [E, D, I]. indices: [T, k]. weights: [T, k] fp32.
+        x: [T, D]. w13: [E, 2I, D], gate rows then up rows. w2: [E, D, I]. indices: [T, k], -1 for an expert of another
+            rank, which adds nothing. weights: [T, k] fp32.
     Returns:
         [T, D] fp32.
     """

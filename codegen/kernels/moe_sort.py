@@ -2,6 +2,7 @@
 
 Terms:
     pair    token x k + choice. order: pairs sorted by expert, equal experts in the order of pairs: one result only.
+            An expert of -1 is another rank's: its pairs are last in `order`, and no tile has them.
     plan    int32: the number of tiles, then expert, first place in `order` and number of rows of each tile.
     wide    activations as e4m3 [rows, columns up to a multiple of 128], and float32 scales [blocks, rows] of blocks of
             128 columns (of 32, if the layout's groups are that fine). For products in bf16 the values are in bf16, and
@@ -51,14 +52,27 @@ def write_plan(plan, counts, EXPERTS: tl.constexpr, BM: tl.constexpr):
 
 
 @triton.jit
-def rank_among(indices, first, PAIRS, ALL: tl.constexpr, CHUNK: tl.constexpr):
+def count_experts(expert, there, EXPERTS: tl.constexpr):
+    """Pairs of each expert [EXPERTS] among those that are there."""
+    own = there & (expert >= 0)
+    return tl.histogram(tl.where(own, expert, 0), EXPERTS, mask=own)
+
+
+@triton.jit
+def last_if_none(expert, EXPERTS: tl.constexpr):
+    """Experts, those of another rank (-1) after all others."""
+    return tl.where(expert < 0, EXPERTS, expert)
+
+
+@triton.jit
+def rank_among(indices, first, PAIRS, EXPERTS: tl.constexpr, ALL: tl.constexpr, CHUNK: tl.constexpr):
     """How many pairs come before each of the pairs first .. first + CHUNK, by (expert, pair); and those pairs."""
     pair = first + tl.arange(0, CHUNK)
-    key = tl.load(indices + pair, mask=pair < PAIRS, other=0).to(tl.int32) * ALL + pair
+    key = last_if_none(tl.load(indices + pair, mask=pair < PAIRS, other=0).to(tl.int32), EXPERTS) * ALL + pair
     rank = tl.zeros((CHUNK,), tl.int32)
     for start in range(0, ALL, CHUNK):
         other = start + tl.arange(0, CHUNK)
-        its = tl.load(indices + other, mask=other < PAIRS, other=0).to(tl.int32) * ALL + other
+        its = last_if_none(tl.load(indices + other, mask=other < PAIRS, other=0).to(tl.int32), EXPERTS) * ALL + other
         rank += tl.sum(((its[None, :] < key[:, None]) & (other < PAIRS)[None, :]).to(tl.int32), 1)
     return rank, pair
 
@@ -118,9 +132,9 @@ def sort_few(
     if pid == 0:
         pair = tl.arange(0, ALL)
         expert = tl.load(indices + pair, mask=pair < PAIRS, other=0).to(tl.int32)
-        write_plan(plan, tl.histogram(expert, EXPERTS, mask=pair < PAIRS), EXPERTS, BM)
+        write_plan(plan, count_experts(expert, pair < PAIRS, EXPERTS), EXPERTS, BM)
     elif pid <= ALL // CHUNK:
-        rank, chunk = rank_among(indices, (pid - 1) * CHUNK, PAIRS, ALL, CHUNK)
+        rank, chunk = rank_among(indices, (pid - 1) * CHUNK, PAIRS, EXPERTS, ALL, CHUNK)
         tl.store(order + rank, chunk, mask=chunk < PAIRS)
     elif WIDE:
         widen_tile(codes, scales, wide, wide_scales, pid - 1 - ALL // CHUNK, T, K, KP, GROUP, FOUR, ORDER, R, C)
@@ -138,7 +152,7 @@ def count_pairs(
     if pid < blocks:
         pair = pid * BLOCK + tl.arange(0, BLOCK)
         expert = tl.load(indices + pair, mask=pair < PAIRS, other=0).to(tl.int32)
-        count = tl.histogram(expert, EXPERTS, mask=pair < PAIRS)
+        count = count_experts(expert, pair < PAIRS, EXPERTS)
         tl.store(counts + pid * EXPERTS + tl.arange(0, EXPERTS), count)
     elif WIDE:
         widen_tile(codes, scales, wide, wide_scales, pid - blocks, T, K, KP, GROUP, FOUR, ORDER, R, C)
@@ -169,11 +183,14 @@ def place_pairs(
         write_plan(plan, total, EXPERTS, BM)
     else:
         block = tl.program_id(0) - 1
+        held = tl.load(counts + block * EXPERTS + tl.arange(0, EXPERTS))  # pairs of each expert in earlier blocks
+        behind = tl.sum(total, 0) + block * BLOCK - tl.sum(held, 0)  # all pairs of experts, earlier ones of none
         for first in range(0, BLOCK, CHUNK):
             pair = block * BLOCK + first + tl.arange(0, CHUNK)
             expert = tl.load(indices + pair, mask=pair < PAIRS, other=0).to(tl.int32)
-            place = tl.load(counts + block * EXPERTS + expert)
-            place += tl.gather(tl.cumsum(total, 0) - total, expert, 0)
+            known = tl.where(expert < 0, 0, expert)
+            place = tl.load(counts + block * EXPERTS + known) + tl.gather(tl.cumsum(total, 0) - total, known, 0)
+            place = tl.where(expert < 0, behind, place)
             for start in range(0, first + CHUNK, CHUNK):
                 other = block * BLOCK + start + tl.arange(0, CHUNK)
                 its = tl.load(indices + other, mask=other < PAIRS, other=0).to(tl.int32)

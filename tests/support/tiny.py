@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -111,14 +111,26 @@ def random_tensors(config: DeepseekV4Config, seed: int = 0) -> Iterator[tuple[st
 
 
 def random_checkpoint(
-    folder: str | Path, config: DeepseekV4Config, seed: int = 0, quantized: bool = True, shard_bytes: int = 200_000
-) -> Path:
+    folder: str | Path, config: DeepseekV4Config, seed: int = 0, quantized: bool = True, shard_bytes: int = 200_000,
+    change: Callable[[str, Tensor], Tensor] = lambda _, tensor: tensor,
+) -> Path:  # fmt: skip
     """Write a random checkpoint in the official layout, in several shards; the same seed gives the same bytes.
 
-    `quantized=False` writes every float tensor in float32 without scales, and a config.json that says so.
+    `quantized=False` writes every float tensor in float32 without scales, and a config.json that says so. `change` a
+    tensor by its name before it is written.
     """
     config = dataclasses.replace(config, quantized=quantized)
-    return write_checkpoint(folder, config, random_tensors(config, seed), shard_bytes=shard_bytes)
+    tensors = ((name, change(name, tensor)) for name, tensor in random_tensors(config, seed))
+    return write_checkpoint(folder, config, tensors, shard_bytes=shard_bytes)
+
+
+def to_first_experts(name: str, tensor: Tensor) -> Tensor:
+    """Changes a router so that all tokens go to the same experts, the first ones."""
+    if name.endswith("tid2eid"):
+        return torch.arange(tensor.shape[1]).expand_as(tensor).contiguous()
+    if name.endswith("gate.bias"):
+        return torch.where(torch.arange(len(tensor)) < 3, 100.0, 0.0).to(tensor.dtype)
+    return tensor
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

@@ -1,0 +1,260 @@
+"""The proof that ranks never wait for one another for ever: whatever each has to do, all issue the same collectives.
+
+Contract: in every step, for all ranks and every state that they can be in, the collectives are equal in order: kind,
+group, dtype, size and transport. Equality is one relation, so each rank in each state is compared with the first.
+
+Terms:
+    agreed  what all ranks know before a step, because they told one another: the rows of a message, whether any of
+            them prefills, whether batches overlap, how many draft passes follow. Nothing else may choose what is run.
+    state   what one rank alone has to do. Ranks along `tp` share it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final, Literal
+
+from atomc.artifact.check_ranks import Collective, CollectivesError, check_ranks
+from atomc.artifact.expr import evaluate
+from atomc.artifact.plan import AGREED, INDEX, SYMBOLS, ProgramPlan, RegionPlan
+from atomc.artifact.ranks import KINDS, RanksPlan
+from atomc.ops.placement import Mesh
+
+Load = Literal["real", "dummy", "empty"]
+Phase = Literal["prefill", "decode", "mixed"]
+PHASES: Final[tuple[Phase, ...]] = ("prefill", "decode", "mixed")
+
+
+@dataclass(frozen=True)
+class RankState:
+    """What one rank has to do in a step: requests, a stand-in token, or nothing."""
+
+    load: Load
+    phase: Phase
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """What all ranks know of a step.
+
+    Attributes:
+        rows: of a message, at least every rank's tokens. prefill: some rank prefills. overlap: two batches.
+        drafts: draft passes that follow.
+    """
+
+    rows: int
+    prefill: bool
+    overlap: bool = False
+    drafts: int = 0
+
+    def allows(self, state: RankState) -> bool:
+        """Whether a rank can be in that state in such a step."""
+        return state.tokens <= self.rows and (self.prefill or state.load != "real" or state.phase == "decode")
+
+
+Runs = Callable[[int, RankState, Agreed], Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was compared.
+
+    Attributes:
+        steps: kinds of steps that ranks can agree on. states: of a rank in them, over all ranks.
+        longest: collectives in the longest step.
+    """
+
+    steps: int
+    states: int
+    longest: int
+
+
+def states_of(buckets: Sequence[int]) -> list[RankState]:
+    """The states that a rank can be in: every load and phase, at and below each bucket."""
+    tokens = sorted({n for b in buckets for n in (1, max(b - 1, 1), b)})
+    found = [RankState("real", phase, n) for phase in PHASES for n in tokens]
+    return [*found, RankState("dummy", "decode", 1), RankState("empty", "decode", 0)]
+
+
+def prove(
+    sequences: Mapping[str, Sequence[Collective]], runs: Runs, mesh: Mesh, buckets: Sequence[int],
+    overlap: Sequence[bool] = (False,), drafts: Sequence[int] = (0,),
+) -> Proof:  # fmt: skip
+    """That all ranks issue equal collectives, whatever each of them has to do.
+
+    Args:
+        sequences: graph -> its collectives. runs: (rank, its state, what is agreed) -> the graphs it runs, in order.
+        buckets: rows that a step may agree on.
+    Raises:
+        CollectivesError: for each kind of disagreement the first rank and state.
+    """
+    problems: dict[str, str] = {}
+    steps = compared = longest = 0
+    issue = Issue(runs, sequences)
+    for agreed in (Agreed(*facts) for facts in itertools.product(buckets, (False, True), overlap, drafts)):
+        able = [s for s in states_of(buckets) if agreed.allows(s)]
+        first = issue(0, able[0], agreed)
+        steps, longest = steps + 1, max(longest, len(first.calls))
+        for rank, state in itertools.product(range(mesh.ranks), able):
+            other, alike = issue(rank, state, agreed), issue(0, state, agreed)  # these may be of one tp group
+            compared, longest = compared + 1, max(longest, len(other.calls))
+            for key, difference in _differences(first, alike, other):
+                where = f"{first} and {other}, {_agreed(agreed)}"
+                problems.setdefault(key, f"{where}: {difference}")
+    if problems:
+        raise CollectivesError("ranks disagree", list(problems.values()))
+    return Proof(steps, compared, longest)
+
+
+@dataclass(frozen=True)
+class Issued:
+    """What a rank issues in a state, with sizes in numbers."""
+
+    rank: int
+    state: RankState
+    calls: Sequence[Collective]
+    numbers: Sequence[tuple[int | str, ...]]
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} ({self.state.load}, {self.state.phase}, {self.state.tokens} tokens)"
+
+
+@dataclass(frozen=True)
+class Issue:
+    """What ranks issue; of the same graphs with the same sizes worked out once."""
+
+    runs: Runs
+    sequences: Mapping[str, Sequence[Collective]]
+    known: dict[tuple[tuple[str, ...], int, int], tuple[list[Collective], list[tuple[int | str, ...]]]] = field(
+        default_factory=dict
+    )
+
+    def __call__(self, rank: int, state: RankState, agreed: Agreed) -> Issued:
+        key = tuple(self.runs(rank, state, agreed)), state.tokens, agreed.rows
+        if key not in self.known:
+            calls = [c for name in key[0] for c in self.sequences[name]]
+            sizes = {size: _numbers(size, agreed, state) for size in {c.size for c in calls}}
+            self.known[key] = calls, [sizes[c.size] for c in calls]
+        return Issued(rank, state, *self.known[key])
+
+
+def _differences(first: Issued, alike: Issued, other: Issued) -> Iterator[tuple[str, str]]:
+    """A key for the kind of difference, and what it is: of sizes along `tp` against a rank of the same state."""
+    if other.calls is first.calls and other.numbers is first.numbers:
+        return
+    for at, (one, two) in enumerate(zip(first.calls, other.calls, strict=False)):
+        if (one.kind, one.group, one.dtype, one.transport) != (two.kind, two.group, two.dtype, two.transport):
+            yield f"{one}/{two}", f"collective {at} is {one} for the one, {two} for the other"
+            return
+        base = alike if one.group == "tp" else first
+        if at < len(base.numbers) and base.numbers[at] != other.numbers[at]:
+            sizes = f"{list(base.numbers[at])} for the one, {list(other.numbers[at])} for the other"
+            yield f"{one}/{two}/size", f"collective {at}, {one}, has {sizes}"
+            return
+    if len(first.calls) != len(other.calls):
+        most = max(first.calls, other.calls, key=len)
+        rest = most[min(len(first.calls), len(other.calls))]
+        yield (
+            f"{rest}/alone",
+            (f"{len(first.calls)} collectives against {len(other.calls)}: {rest} would wait for ever"),
+        )
+
+
+def _numbers(size: str, agreed: Agreed, state: RankState) -> tuple[int | str, ...]:
+    """The size in numbers; what only one kind of rank has differs with its tokens. An index is the same in any state:
+    that it is in no size of a collective is checked where the collective is."""
+    symbols = dict.fromkeys((*SYMBOLS, *INDEX.values()), state.tokens) | {AGREED: agreed.rows}
+    return tuple(p if p.startswith("counted") else evaluate(p, symbols) for p in size.split(" x "))
+
+
+def _agreed(agreed: Agreed) -> str:
+    facts = [f"{agreed.rows} rows", "with prefill" if agreed.prefill else "decode alone"]
+    facts += ["overlapped"] if agreed.overlap else []
+    return ", ".join(facts + ([f"{agreed.drafts} draft passes"] if agreed.drafts else []))
+
+
+# -- of an artifact ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Proven:
+    """What the ranks of a layout send one another, form -> collectives of a step in order, and the proof."""
+
+    plan: RanksPlan
+    collectives: dict[str, list[Collective]]
+    proof: Proof
+
+    def bytes_a_row(self, kind: str) -> dict[str, int]:
+        """Kind of collective -> bytes that a rank gives to it in a step of that kind, for each row of a message.
+
+        Of rows that are counted when they are sent: for each that is.
+        """
+        found: dict[str, int] = {}
+        for c in self.collectives[self.plan.steps[kind]]:  # type: ignore[index]
+            found[c.kind] = found.get(c.kind, 0) + bytes_of(c, 1)
+        return found
+
+
+def bytes_of(collective: Collective, rows: int) -> int:
+    """Bytes that a rank gives to a collective of a step of so many rows."""
+    from atomc.artifact.plan import DTYPE_BYTES
+
+    size, symbols = DTYPE_BYTES[collective.dtype], dict.fromkeys((*SYMBOLS, AGREED), rows)
+    for part in collective.size.split(" x "):
+        size *= rows if part == "counted" else evaluate(part, symbols)
+    return size
+
+
+def prove_layout(
+    plan: RanksPlan, whole: ProgramPlan, regions: Mapping[str, RegionPlan], buckets: Sequence[int]
+) -> Proven:
+    """Check the regions of a layout, and prove from its table of steps that all ranks issue the same collectives.
+
+    Args:
+        whole: the program of one rank. regions: all of the artifact. buckets: rows that a step may agree on.
+    Raises:
+        CollectivesError: a sum is used before it is taken, or ranks would wait for one another for ever.
+    """
+    if problems := [*_table_problems(plan, whole, regions)]:
+        raise CollectivesError(f"layout {plan.layout}", problems)
+    found = {name: check_ranks(regions[name], plan) for name in plan.regions()}
+    calls = {form: [c.region for c in known.calls] for form, known in plan.forms.items()}
+
+    def runs(_rank: int, _state: RankState, agreed: Agreed) -> Sequence[str]:
+        return calls[plan.steps["prefill" if agreed.prefill else "decode"]]
+
+    proof = prove(found, runs, plan.mesh, buckets)
+    return Proven(plan, {form: [c for name in names for c in found[name]] for form, names in calls.items()}, proof)
+
+
+def _table_problems(plan: RanksPlan, whole: ProgramPlan, regions: Mapping[str, RegionPlan]) -> Iterator[str]:
+    """What makes a layout's forms others than the program of one rank, cut."""
+    if sorted(plan.steps) != sorted(KINDS) or not set(plan.steps.values()) <= plan.forms.keys():
+        yield f"steps are {plan.steps}; each of {', '.join(KINDS)} needs one of the forms {sorted(plan.forms)}"
+    for name, form in plan.forms.items():
+        if [(c.prefix, c.binds) for c in form.calls] != [(c.prefix, c.binds) for c in whole.calls]:
+            yield f"form {name} does not call for each layer what one rank calls"
+            continue
+        for ours, theirs in {(a.region, b.region) for a, b in zip(form.calls, whole.calls, strict=True)}:
+            if ours not in regions or theirs not in regions:
+                yield f"form {name} calls {ours}, which is no region"
+            else:
+                yield from _weight_problems(plan, regions[ours], regions[theirs])
+
+
+def _weight_problems(plan: RanksPlan, ours: RegionPlan, whole: RegionPlan) -> Iterator[str]:
+    """Weights whose parts do not make up the whole."""
+    known = {i.name: whole.slots[i.slot] for i in whole.inputs if i.role == "weight"}
+    for item in ours.inputs:
+        if item.role != "weight":
+            continue
+        shape: list[int | str] = list(ours.slots[item.slot].shape)
+        for cut in plan.cuts.get(item.name, ()):
+            if cut.axis in plan.mesh.names and 0 <= cut.dim < len(shape):
+                shape[cut.dim] = int(shape[cut.dim]) * plan.mesh.size(cut.axis)
+        if item.name not in known or shape != known[item.name].shape:
+            said = known[item.name].shape if item.name in known else "not there"
+            yield f"plan/{ours.name}.json: weight {item.name}: its parts make up {shape}; the whole is {said}"

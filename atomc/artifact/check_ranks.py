@@ -1,0 +1,377 @@
+"""The proof that no rank computes with half a sum: a region's steps, checked as the ranks of a layout run them.
+
+Contract: on every mesh axis, the placements of a region's inputs carried along its steps by the rules of the operators
+end where the region promises; every step gives the shapes and dtypes that the plan says; each collective runs over the
+group that it needs, is waited for once and read, and has sizes on which the ranks of its group agree; a rank's own
+experts and rows are those of its place on the mesh.
+
+Terms:
+    own     a size that a rank alone knows: its tokens (`T`), its requests. Along `tp` the ranks share them.
+    agreed  what all ranks know before a step: the rows of a message (`P`). No other size of a rank may be in a
+            collective over `dp`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal
+
+import torch
+
+from atomc.artifact.check_region import COLLECTIVE, operator_of
+from atomc.artifact.expr import evaluate, names_in
+from atomc.artifact.plan import AGREED, COUNTED, INDEX, PROBES, DType, RegionPlan, Size, Slot, Step
+from atomc.artifact.ranks import RanksPlan
+from atomc.errors import ProblemsError
+from atomc.ops.placement import REPLICATE, Call, Operand, Placement, PlacementError, Shard
+from atomc.ops.placement import Size as Number
+from atomc.ops.placement_exchange import EXPERTS
+from atomc.ops.placement_rules import propagate
+from atomc.parallel.kinds import KINDS, WAIT, Kind, placed
+
+HOST_SIZES: Final = "atom.host_sizes.default"
+
+
+class CollectivesError(ProblemsError):
+    """Ranks would hang, or compute with parts of sums; each problem names the step and the model's line."""
+
+    exit_code = 7
+    headline = "{where}: {count} problem{s} with collectives"
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One collective as every rank of its group has to issue it.
+
+    Attributes:
+        size: rows and the rest, expressions. transport: `live`, or `replayed` from a captured graph: the two do not
+            meet. where: the step, for messages.
+    """
+
+    kind: Kind
+    group: str
+    dtype: str
+    size: str
+    transport: Literal["live", "replayed"] = "live"
+    where: str = field(compare=False, default="?")
+
+    def __str__(self) -> str:
+        how = "" if self.transport == "live" else f", {self.transport}"
+        return f"{self.kind} of {self.size} {self.dtype} over {self.group}{how} ({self.where})"
+
+
+def collectives_of(region: RegionPlan) -> list[Collective]:
+    """The collectives of a region in order, with sizes in symbols."""
+    return [_collective(region, at, step) for at, step in enumerate(region.steps) if step.op in KINDS]
+
+
+def _collective(region: RegionPlan, at: int, step: Step) -> Collective:
+    info = region.slots[_slot(step.args[0])]
+    rows, *rest = map(str, info.shape)
+    if KINDS[step.op] == "all_to_all" and any(isinstance(n, Size) for n in _list(step.args[1])):
+        rows = "counted"
+    return Collective(
+        KINDS[step.op], str(step.args[-1]), info.dtype, " x ".join([rows, *rest]),
+        where=f"{region.name}, step {at}, {step.source}",
+    )  # fmt: skip
+
+
+def check_ranks(region: RegionPlan, plan: RanksPlan) -> list[Collective]:
+    """The collectives of a region in order.
+
+    Raises:
+        CollectivesError: all that is wrong with it.
+    """
+    check = _Check(region, plan)
+    problems = [*check.shapes()]  # what the rest relies on
+    if not problems:
+        problems = [
+            *(p for axis in plan.mesh.names for p in check.placements(axis)),
+            *check.uses(), *check.exchanges(), *check.messages(), *check.owners(),
+        ]  # fmt: skip
+    if problems:
+        raise CollectivesError(f"plan/{region.name}.json", list(dict.fromkeys(problems)))
+    return collectives_of(region)
+
+
+def _slot(arg: Any) -> int:
+    assert isinstance(arg, Slot), arg
+    return arg.id
+
+
+def _list(arg: Any) -> list[Any]:
+    return arg if isinstance(arg, list) else []
+
+
+@dataclass
+class _Check:
+    region: RegionPlan
+    plan: RanksPlan
+    made: dict[int, tuple[int, Step]] = field(init=False)  # slot -> the step that makes it
+    readers: dict[int, list[Step]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        steps = [*self.region.prepare, *self.region.steps]
+        self.made = {s: (at, step) for at, step in enumerate(steps) for s in step.outputs if s is not None}
+        self.readers = {}
+        for step in steps:
+            for arg in (*step.args, *step.kwargs.values()):
+                for one in arg if isinstance(arg, list) else [arg]:
+                    if isinstance(one, Slot):
+                        self.readers.setdefault(one.id, []).append(step)
+
+    def at(self, step: Step) -> str:
+        names = [self.region.slots[s].name for s in step.outputs if s is not None]
+        return f"{', '.join(names) or step.op} ({step.op}, {step.source})"
+
+    def read_by(self, step: Step) -> list[Step]:
+        """The steps that read a step's one result."""
+        slot = step.outputs[0]
+        return [] if slot is None else self.readers.get(slot, [])
+
+    def steps(self, *ops: str) -> list[Step]:
+        return [step for step in self.region.steps if step.op in ops]
+
+    # -- shapes --------------------------------------------------------------------------------------------------------
+
+    def shapes(self) -> Iterator[str]:
+        """Each step once more, on tensors without data: what it gives is what the plan says, at two sets of sizes."""
+        for probe in PROBES:
+            values = [
+                torch.empty([evaluate(n, probe) for n in info.shape], dtype=getattr(torch, info.dtype), device="meta")
+                for info in self.region.slots
+            ]
+            for step in (*self.region.prepare, *self.region.steps):
+                if step.op == HOST_SIZES:
+                    continue
+                try:
+                    results = _run(step, values, probe)
+                except Exception as error:  # noqa: BLE001  whatever an operator says to arguments that do not fit
+                    yield f"{self.at(step)}: does not run: {str(error).splitlines()[0] if str(error) else error!r}"
+                    continue
+                for slot, result in zip(step.outputs, results, strict=True):
+                    if slot is not None and (result.shape, result.dtype) != (values[slot].shape, values[slot].dtype):
+                        found, said = f"{list(result.shape)} {result.dtype}", self.region.slots[slot]
+                        yield f"{self.at(step)}: gives {found} where the plan says {said.shape} {said.dtype}"
+
+    # -- placements ----------------------------------------------------------------------------------------------------
+
+    def placements(self, axis: str) -> Iterator[str]:
+        """Where the rules do not go through; the first on an axis, as the rest would follow from it."""
+        own: Placement = Shard(0) if axis == "dp" else REPLICATE
+        known: dict[int, Placement] = {
+            i.slot: self.plan.placement(i.name, axis) if i.role == "weight" else own for i in self.region.inputs
+        }
+        for step in (*self.region.prepare, *self.region.steps):
+            try:
+                found = self.place(step, known, axis)
+            except PlacementError as error:
+                yield f"{self.at(step)}: along {axis}: {error}"
+                return
+            known |= {s: p for s, p in zip(step.outputs, found, strict=True) if s is not None}
+        for name, slot in self.region.outputs.items():
+            if known[slot] != own:
+                by = self.at(self.made[slot][1]) if slot in self.made else "an input"
+                yield f"result {name}, {by}: it is {known[slot]} along {axis}; it has to be {own}"
+
+    def place(self, step: Step, known: Mapping[int, Placement], axis: str) -> tuple[Placement, ...]:
+        if step.op == HOST_SIZES:
+            return ()
+        if step.op == WAIT:
+            return (known[_slot(step.args[0])],)
+        if step.op in KINDS:
+            return (placed(KINDS[step.op], known[_slot(step.args[0])], step.args[-1] == axis),)
+        results = tuple(self.shape(s) if s is not None else () for s in step.outputs)
+        found = propagate(Call(step.op, tuple(self.argument(a, known, axis) for a in _positional(step)), results))
+        return found[: len(step.outputs)]
+
+    def shape(self, slot: int) -> tuple[int, ...]:
+        return tuple(evaluate(n, PROBES[0]) for n in self.region.slots[slot].shape)
+
+    def argument(self, arg: Any, known: Mapping[int, Placement], axis: str) -> Any:
+        match arg:
+            case list():
+                return tuple(self.argument(a, known, axis) for a in arg)
+            case Slot(id=slot):
+                return Operand(known[slot], self.shape(slot), getattr(torch, self.region.slots[slot].dtype))
+            case Size(expr=text):
+                return Number(_is_own(text, axis), evaluate(text, PROBES[0]))
+            case DType(name=name):
+                return getattr(torch, name)
+        return arg
+
+    # -- collectives ---------------------------------------------------------------------------------------------------
+
+    def uses(self) -> Iterator[str]:
+        """Groups, their sizes, reductions, waits, and sizes that only one rank knows."""
+        mesh = self.plan.mesh
+        for step in self.region.prepare:
+            if step.op.startswith(COLLECTIVE):
+                yield f"{self.at(step)}: a collective while weights are prepared"
+        for step in self.steps(WAIT):
+            source = self.made.get(_slot(step.args[0]))
+            if source is None or source[1].op not in KINDS:
+                yield f"{self.at(step)}: waits for what is no collective"
+            if not self.read_by(step) and step.outputs[0] not in self.region.outputs.values():
+                yield f"{self.at(step)}: what it waits for is read by nobody"
+        for step in self.steps(*KINDS):
+            kind, group = KINDS[step.op], str(step.args[-1])
+            if group not in mesh.names:
+                yield f"{self.at(step)}: {kind} over {group!r}; the mesh has {', '.join(mesh.names)}"
+                continue
+            if [r.op for r in self.read_by(step)] != [WAIT]:
+                yield f"{self.at(step)}: {kind} is not waited for once, before it is read"
+            if kind in ("all_gather", "reduce_scatter") and step.args[-2] != mesh.size(group):
+                yield f"{self.at(step)}: {kind} among {step.args[-2]} ranks; {group} has {mesh.size(group)}"
+            if kind in ("reduce_scatter", "all_reduce"):
+                yield from self.reduction(step)
+            yield from (f"{self.at(step)}: {p}" for p in self.sizes(step))
+
+    def reduction(self, step: Step) -> Iterator[str]:
+        """Sums of parts are in float32; those of one part and zeros may be in any floating dtype."""
+        if step.args[1] != "sum":
+            yield f"{self.at(step)}: {KINDS[step.op]} takes {step.args[1]!r}; what is due is a sum"
+        source, dtype = _slot(step.args[0]), getattr(torch, self.region.slots[_slot(step.args[0])].dtype)
+        exact = source in self.made and self.made[source][1].op == "atom.vocabulary_embedding.default"
+        if not (dtype.is_floating_point if exact else dtype == torch.float32):
+            yield f"{self.at(step)}: {KINDS[step.op]} sums parts in {dtype}; it has to be float32"
+
+    def sizes(self, step: Step) -> Iterator[str]:
+        one = _collective(self.region, 0, step)
+        own = {n for n in names_in(one.size.replace(" x ", " + ").replace("counted", "0")) if _is_own(n, one.group)}
+        if one.group == "dp" and own:
+            names = ", ".join(sorted(own))
+            yield f"{one.kind} over dp of {one.size}: {names} is the rank's own number, which the others do not know"
+
+    def exchanges(self) -> Iterator[str]:
+        """Rows that a rank sends and expects: by counts that it has sent before, to the same group."""
+        for step in self.steps(*(op for op, kind in KINDS.items() if kind == "all_to_all")):
+            group = str(step.args[-1])
+            receive, send = _list(step.args[1]), _list(step.args[2])
+            size = self.plan.mesh.size(group)
+            if {len(receive), len(send)} != {size}:
+                yield f"{self.at(step)}: all_to_all of {len(receive)} and {len(send)} parts; {group} has {size} ranks"
+                continue
+            rows = self.region.slots[_slot(step.args[0])].shape[0]
+            if any(sum(_number(n, p) for n in send) != evaluate(rows, p) for p in PROBES):
+                yield f"{self.at(step)}: all_to_all sends by sizes that are not those of its rows"
+            if not any(isinstance(n, Size) for n in (*receive, *send)):
+                if len({*receive, *send}) != 1:
+                    yield f"{self.at(step)}: all_to_all of fixed sizes {send} against {receive}: no two ranks agree"
+                continue
+            ends = self.counts(receive), self.counts(send)
+            if None in ends or not any(self.exchanged(a, group) == b for a, b in (ends, ends[::-1])):
+                yield f"{self.at(step)}: all_to_all whose sizes were not exchanged with the ranks of {group}"
+
+    def counts(self, sizes: list[Any]) -> int | None:
+        """The slot of the counts behind sizes, all of them in order."""
+        names = [n.expr for n in sizes if isinstance(n, Size)]
+        return next((_slot(s.args[0]) for s in self.steps(HOST_SIZES) if s.sizes == names), None)
+
+    def exchanged(self, counts: int | None, group: str) -> int | None:
+        """The slot that a rank sent to learn these counts."""
+        if counts is None or counts not in self.made or (wait := self.made[counts][1]).op != WAIT:
+            return None
+        start = self.made[_slot(wait.args[0])][1]
+        return _slot(start.args[0]) if KINDS.get(start.op) == "all_to_all" and start.args[-1] == group else None
+
+    # -- messages and owners -------------------------------------------------------------------------------------------
+
+    def messages(self) -> Iterator[str]:
+        """A message is taken apart as it was put together."""
+        packs, unpacks = self.steps("atom.pack_message.default"), self.steps("atom.unpack_message.default")
+        if len(packs) != len(unpacks):
+            yield f"{len(packs)} messages are packed and {len(unpacks)} unpacked"
+        for pack, unpack in zip(packs, unpacks, strict=False):
+            infos = [self.region.slots[_slot(a)] for a in _list(pack.args[0])]
+            sent = [(_product(i.shape[1:]), i.dtype) for i in infos]
+            dtypes = [d.name for d in _list(unpack.args[2])]
+            if sent != list(zip(_list(unpack.args[1]), dtypes, strict=False)):
+                yield f"{self.at(unpack)}: takes a message apart otherwise than it was put together ({sent})"
+
+    def owners(self) -> Iterator[str]:
+        """Which experts, and which rows of the vocabulary, a rank has: by its place on the mesh."""
+        mesh, held = self.plan.mesh, self.experts_held()
+        for step in self.steps("atom.local_experts.default", "atom.sort_by_rank.default"):
+            first, rest = step.args[1], step.args[2:]
+            per = rest[-2] if len(rest) == 3 else rest[0]
+            if {per} != held:
+                yield f"{self.at(step)}: counts {per} experts of a rank; its weights hold {sorted(held)}"
+            elif wrong := [r for r in range(mesh.ranks) if _number(first, self.index(r)) != r * int(str(per))]:
+                yield f"{self.at(step)}: rank {wrong[0]}'s first expert is {_number(first, self.index(wrong[0]))}"
+            if len(rest) == 3 and (rest[0], rest[2]) != (
+                mesh.size("dp"),
+                int(str(per)) * mesh.ranks // mesh.size("dp"),
+            ):
+                yield f"{self.at(step)}: sorts for {rest[0]} ranks of {rest[2]} experts, which the mesh has not"
+        for step in self.steps("atom.vocabulary_embedding.default"):
+            rows = self.shape(_slot(step.args[0]))[0]
+            for rank in range(mesh.ranks):
+                if _number(step.args[2], self.index(rank)) != self.index(rank).get("tp_index", 0) * rows:
+                    yield f"{self.at(step)}: rank {rank}'s first row is {_number(step.args[2], self.index(rank))}"
+                    break
+
+    def experts_held(self) -> set[Any]:
+        """How many experts the weights of the region's routed experts have on a rank."""
+        found = [s for name in EXPERTS for s in self.steps(f"atom.{name}.default")]
+        return {self.shape(_slot(s.args[EXPERTS[s.op.split(".")[1]][0]]))[0] for s in found}
+
+    def index(self, rank: int) -> dict[str, int]:
+        mesh = self.plan.mesh
+        return {INDEX[a]: i for a, i in zip(mesh.names, mesh.coordinate(rank), strict=True)}
+
+
+def _is_own(text: str, axis: str) -> bool:
+    """Whether a size differs between the ranks along an axis."""
+    shared = {AGREED, *(name for other, name in INDEX.items() if other != axis)}
+    names = names_in(text) - shared
+    if axis == "dp":
+        return bool(names)
+    return any(name == INDEX[axis] or name.startswith(COUNTED) for name in names)
+
+
+def _number(arg: Any, symbols: Mapping[str, int]) -> int:
+    return evaluate(arg.expr if isinstance(arg, Size) else arg, symbols)
+
+
+def _product(sizes: list[int | str]) -> int:
+    found = 1
+    for size in sizes:
+        found *= evaluate(size, {})
+    return found
+
+
+def _positional(step: Step) -> list[Any]:
+    """The arguments by position of the schema; those of keywords where it has them."""
+    op = operator_of(step.op)
+    assert op is not None, step.op
+    rest = op._schema.arguments[len(step.args) :]
+    return [*step.args, *(step.kwargs[a.name] for a in rest if a.name in step.kwargs)]
+
+
+def _run(step: Step, values: list[torch.Tensor], probe: Mapping[str, int]) -> list[torch.Tensor]:
+    """A step's results on tensors without data."""
+
+    def concrete(arg: Any) -> Any:
+        match arg:
+            case list():
+                return [concrete(a) for a in arg]
+            case Slot(id=slot):
+                return values[slot]
+            case Size(expr=text):
+                return evaluate(text, probe)
+            case DType(name=name):
+                return getattr(torch, name)
+        return arg
+
+    op = operator_of(step.op)
+    assert op is not None, step.op
+    kwargs = {name: concrete(arg) for name, arg in step.kwargs.items()}
+    if any(a.name == "device" and a.kwarg_only for a in op._schema.arguments):
+        kwargs["device"] = "meta"
+    result = op(*map(concrete, step.args), **kwargs)
+    return [] if result is None else list(result) if isinstance(result, (list, tuple)) else [result]
+
+
+__all__ = ["COLLECTIVE", "Collective", "CollectivesError", "check_ranks", "collectives_of"]
