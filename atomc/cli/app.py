@@ -16,6 +16,7 @@ from atomc.cli.failure import run
 from atomc.cli.generate import generate_command
 from atomc.cli.inspect import inspect_command
 from atomc.cli.listing import passes_command, schemes_command, targets_command
+from atomc.cli.plan import plan_command
 from atomc.cli.serve import serve_command
 from atomc.cli.verify import verify_command
 
@@ -32,6 +33,7 @@ for _name, _command in (
     ("generate", generate_command),
     ("serve", serve_command),
     ("inspect", inspect_command),
+    ("plan", plan_command),
     ("explain", explain_command),
     ("verify", verify_command),
     ("eval", eval_command),
