@@ -1,6 +1,6 @@
 """Several engines in step, each rank a process, watched, so that a lost rank is an error and never a hang.
 
-mesh        how many ranks share requests, how many run the same ones
+layout      which layout of the artifact a run has, and whether it can
 decide      what all ranks do in a step, as a pure function of what each of them reports
 beats       what members say of themselves, what is said of one that is lost, how long anybody may take
 watchdog    signs of life through the store; who is silent, who is late

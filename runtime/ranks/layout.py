@@ -35,6 +35,5 @@ def check_layout(artifact: Path, parallel: str | None, size: int) -> None:
     if layout.ranks != size:
         fitting = [each for each in ("dp=1", *(plan.layout for plan in plans)) if parse_layout(each).ranks == size]
         other = f"choose {' or '.join(fitting)}" if fitting else f"compile the model for a layout of {size}"
-        raise ServingError(
-            f"--parallel {layout} is for {layout.ranks} ranks, and {size} are started. Start as many, or {other}."
-        )
+        ranks, are = ("1 rank" if layout.ranks == 1 else f"{layout.ranks} ranks"), "is" if size == 1 else "are"
+        raise ServingError(f"--parallel {layout} is for {ranks}, and {size} {are} started. Start as many, or {other}.")

@@ -52,5 +52,5 @@ def test_another_number_of_ranks_is_refused(artifact: Path) -> None:
         check_layout(artifact, "dp=4", 2)
     with pytest.raises(ServingError, match=r"3 are started.* or compile the model for a layout of 3"):
         check_layout(artifact, "dp=4", 3)
-    with pytest.raises(ServingError, match="dp=1 is for 1 ranks, and 2 are started"):
+    with pytest.raises(ServingError, match="dp=1 is for 1 rank, and 2 are started"):
         check_layout(artifact, "dp=1", 2)
