@@ -66,8 +66,8 @@ PREPARES: Final = frozenset({"aten.contiguous.default", "aten.reshape.default", 
 EXCHANGES: Final = frozenset(
     f"atom.{op}.default"
     for op in (
-        "combine_rows", "dispatch_rows", "drop_padding", "host_sizes", "local_experts", "pack_message", "sort_by_rank",
-        "unpack_message", "vocabulary_embedding",
+        "combine_rows", "dispatch_rows", "drop_padding", "host_sizes", "join_columns", "local_experts", "pack_message",
+        "sort_by_rank", "unpack_message", "vocabulary_embedding",
     )
 )  # fmt: skip
 COLLECTIVES: Final = "_c10d_functional."

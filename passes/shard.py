@@ -344,10 +344,8 @@ class _Sharding:
         for value in output.all_input_nodes:
             if self.at("tp", value) == Shard(1):
                 emit = Emit(self, output, value)
-                turned = emit(aten.contiguous.default, emit(aten.transpose.int, value, 0, 1))
-                every = c10d.all_gather_into_tensor.default
-                gathered = emit(WAIT, emit(every, turned, self.options.mesh.size("tp"), "tp"))
-                whole = emit(aten.contiguous.default, emit(aten.transpose.int, gathered, 0, 1))
+                tp, every = self.options.mesh.size("tp"), c10d.all_gather_into_tensor.default
+                whole = emit(atom.join_columns.default, emit(WAIT, emit(every, value, tp, "tp")), tp)
                 output.replace_input_with(value, whole)
                 self.report.matches.append(Match(location(value), f"{self.path(value)} [all_gather]"))
 

@@ -356,11 +356,13 @@ def sums_in_bf16(gm: GraphModule) -> None:
     start.update_arg(0, insert(gm, start.args[0], aten.to.dtype, start.args[0], torch.bfloat16))
 
 
-def untransposed(gm: GraphModule) -> None:
-    """Parts of the vocabulary joined as if they were rows."""
-    start = starts(gm, "all_gather")[0]
-    source = start.args[0].args[0].args[0]
-    start.update_arg(0, source)
+def as_rows(gm: GraphModule) -> None:
+    """Parts of the vocabulary read as if they were rows."""
+    node = calls(gm, atom.join_columns.default)[0]
+    rows = node.args[0].args[0].args[0].meta["val"].shape
+    turned = insert(gm, node, aten.reshape.default, node.args[0], [-1, rows[1] * 4])
+    node.replace_all_uses_with(turned, delete_user_cb=lambda user: user is not turned)
+    gm.graph.erase_node(node)
 
 
 MUTATIONS: dict[str, tuple[str, Form, str, Callable[[GraphModule], None], str]] = {
@@ -386,8 +388,8 @@ MUTATIONS: dict[str, tuple[str, Form, str, Callable[[GraphModule], None], str]] 
     "all_reduce for reduce_scatter": ("dp=2,moe=tp", "gather", LAYER, reduced_not_scattered, "where another is cut"),
     "the shared expert in the sum": ("tp=4", "gather", LAYER, shared_expert_in_the_sum, "Partial(sum) is used"),
     "a norm of parts of sums": ("tp=4", "gather", LAYER, norm_of_parts, "Partial(sum) is used"),
-    "logits not gathered": ("tp=4", "gather", "head", drop("all_gather"), "it is Shard(1) along tp"),
-    "logits gathered as rows": ("tp=4", "gather", "head", untransposed, "it takes Shard(0)"),
+    "logits not gathered": ("tp=4", "gather", "head", drop("all_gather"), "columns of ranks that are Shard(1)"),
+    "logits gathered as rows": ("tp=4", "gather", "head", as_rows, "it is Shard(0, by column)"),
     "whole heads on a part": ("tp=4", "gather", LAYER, whole_heads, "does not run"),
     "no exchange of counts": (*ROUTE, LAYER, no_counts, "were not exchanged"),
     "rows expected and sent swapped": (*ROUTE, LAYER, same_sizes(1, 2), "were not exchanged"),

@@ -84,6 +84,17 @@ def drop_padding(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 @define(
+    "join_columns(Tensor x, int ranks) -> Tensor",
+    tokens="x",
+    spec="3.7",
+    fake=lambda x, ranks: x.new_empty((x.shape[0] // ranks, ranks * x.shape[1])),
+)
+def join_columns(x: torch.Tensor, ranks: int) -> torch.Tensor:
+    """Columns [R, C] of each of `ranks` ranks, one rank after the other [ranks R, C], side by side: [R, ranks C]."""
+    return torch.cat(x.chunk(ranks), dim=1) if len(x) else x.new_empty((0, ranks * x.shape[1]))
+
+
+@define(
     "local_experts(Tensor indices, SymInt first, int experts) -> Tensor",
     tokens="indices",
     spec="2.8, 3.7",

@@ -69,12 +69,13 @@ class Shard:
         parts: the dim is that many equal parts end to end, and each of them is cut (gate rows, then up rows).
         by: what says who holds a row: nothing (its number), `destination` (lying in order of the ranks they go to),
             `expert` (each where its experts are), `slot` (and its choices are numbers of the rank's own experts), `own`
-            (picked of whole tokens, for the rank's own experts).
+            (picked of whole tokens, for the rank's own experts), `column` (each rank's columns of all rows, on every
+            rank; along the axes that cut those rows, `block`).
     """
 
     dim: int
     parts: int = 1
-    by: Literal["", "destination", "expert", "slot", "own"] = ""
+    by: Literal["", "destination", "expert", "slot", "own", "column", "block"] = ""
 
     def __str__(self) -> str:
         more = (f", parts={self.parts}" if self.parts > 1 else "") + (f", by {self.by}" if self.by else "")

@@ -119,3 +119,13 @@ def host_sizes(call: Call) -> tuple[Placement, ...]:
 def view_message(call: Call) -> tuple[Placement, ...]:
     """The parts of a message, as many as there are results."""
     return (call.first().placement,) * len(call.results)
+
+
+def join_columns(call: Call) -> tuple[Placement, ...]:
+    """Columns that lie by ranks become those of the whole."""
+    x = call.first().placement
+    if x == Shard(0, by="column"):
+        return (REPLICATE,)
+    if x == Shard(0, by="block"):
+        return (Shard(0),)
+    raise PlacementError(f"columns of ranks that are {x}")

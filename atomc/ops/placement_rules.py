@@ -394,6 +394,7 @@ RULES: Final[dict[str, Rule]] = {
     **dict.fromkeys(CREATIONS, _made),
     "aten.eye.default": lambda _: (REPLICATE,),
     **{f"atom.{op}.default": exchange.experts for op in exchange.EXPERTS},
+    "atom.join_columns.default": exchange.join_columns,
     "atom.local_experts.default": exchange.local_experts,
     "atom.vocabulary_embedding.default": exchange.vocabulary,
     "atom.sort_by_rank.default": exchange.sorted_rows,

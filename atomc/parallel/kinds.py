@@ -24,6 +24,8 @@ def placed(kind: Kind, x: Placement, along: bool) -> Placement:
     """
     if not along:
         moves = kind in ("all_gather", "reduce_scatter", "all_to_all")
+        if kind == "all_gather" and x == Shard(0):
+            return Shard(0, by="block")  # of each rank a block, in each of them the axis cuts the rows
         if isinstance(x, Shard) and x.dim == 0 and x.by != "own" and moves:
             raise PlacementError(f"an {kind} moves rows that another axis cuts ({x})")
         return x
@@ -36,7 +38,7 @@ def placed(kind: Kind, x: Placement, along: bool) -> Placement:
 
 _SENT, _HELD = Shard(0, by="destination"), Shard(0, by="expert")
 _ALONG: Final[dict[Kind, dict[Placement, Placement]]] = {
-    "all_gather": {Shard(0): REPLICATE},
+    "all_gather": {Shard(0): REPLICATE, Shard(1): Shard(0, by="column")},
     "reduce_scatter": {PARTIAL: Shard(0)},
     "all_reduce": {PARTIAL: REPLICATE},
     "all_to_all": {_SENT: _HELD, _HELD: _SENT},

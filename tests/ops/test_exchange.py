@@ -13,6 +13,7 @@ from atomc.ops.exchange import (
     dispatch_rows,
     drop_padding,
     host_sizes,
+    join_columns,
     local_experts,
     pack_message,
     sort_by_rank,
@@ -59,6 +60,12 @@ def test_a_message_has_room_for_all_rows() -> None:
         pack_message([two, two[:1]])
     with pytest.raises(ValueError, match="1 rows came back for 2 tokens"):
         drop_padding(two[:1], two)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3])
+def test_columns_of_ranks_lie_side_by_side(rows: int) -> None:
+    whole = torch.randn(rows, 8)
+    assert torch.equal(join_columns(torch.cat(whole.split(2, dim=1)), 4), whole)
 
 
 def test_local_experts() -> None:

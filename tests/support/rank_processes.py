@@ -7,6 +7,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -17,6 +18,7 @@ from atomc.ops import Batch
 from atomc.parallel.layout import parse_layout
 from atomc.runtime.bind import Environment, Sizes
 from atomc.runtime.collectives import Groups
+from atomc.runtime.errors import BatchError
 from atomc.runtime.executor import Executor
 from atomc.runtime.rank_executor import RankExecutor
 from tests.support.eager import Step
@@ -87,6 +89,7 @@ def _rank(rank: int, ranks: int, artifact: Path, plays: list[Play], folder: Path
             each = [n for n in tokens for _ in range(along)]
             executor.begin(each, min(max(tokens) + play.padding, executor.serving.max_batch_tokens), prefill)
 
+        _refuses_what_does_not_fit(executor)
         watch = Codes()
         found.append(_play(executor, play.loads, groups.index.get("dp", 0), None, begin, play.idle, watch))
         if rank == 0:
@@ -94,6 +97,24 @@ def _rank(rank: int, ranks: int, artifact: Path, plays: list[Play], folder: Path
     torch.save(found, folder / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
+
+
+def _refuses_what_does_not_fit(executor: RankExecutor) -> None:
+    """Every rank refuses the same announcements, before it would wait for another."""
+    ranks, most = executor.plan.mesh.ranks, executor.serving.max_batch_tokens
+    for tokens, bucket in (([1], 1), ([0] * ranks, 1), ([2] * ranks, 1), ([1] * ranks, most + 1)):
+        with pytest.raises(BatchError, match=f"{ranks} ranks have 1 to {most} rows"):
+            executor.begin(tokens, bucket, False)
+    if executor.plan.mesh.size("tp") > 1:
+        with pytest.raises(BatchError, match="ranks each share their requests"):
+            executor.begin(list(range(1, ranks + 1)), ranks, False)
+    torch.manual_seed(0)
+    batch = Paged(executor, 1).batch([(0, 0, torch.zeros(2, dtype=torch.int64))])
+    with pytest.raises(BatchError, match="has to be announced by `begin`"):
+        executor.step(batch)
+    executor.begin([1] * ranks, 1, False)
+    with pytest.raises(BatchError, match=f"a step of 2 tokens on rank {executor.rank}; the ranks agreed on 1"):
+        executor.step(batch)
 
 
 def _play(
