@@ -283,10 +283,11 @@ def write(path: Path, name: str, entries: list[Entry]) -> None:
         name, torch.cuda.get_device_name(), str(torch.__version__), triton.__version__, commands,
         known.note if known else "", [],
     )  # fmt: skip
+    head = msgspec.json.encode(table).decode().removesuffix("]}")
     lines = ",\n".join(msgspec.json.encode(merged[key]).decode() for key in sorted(merged))
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = msgspec.json.encode(table).decode().replace('"entries":[]', f'"entries":[\n{lines}\n]')
-    path.write_text(f"{text}\n", encoding="utf-8")
+    path.write_text(f"{head}\n{lines}\n]}}\n", encoding="utf-8")
+    msgspec.json.decode(path.read_bytes(), type=Table)
 
 
 if __name__ == "__main__":

@@ -114,6 +114,8 @@ def is_pure(node: Node) -> bool:
 def resources_written(node: Node) -> set[object]:
     """The storages a call mutates, and "state" for whatever else it changes (random generator, grad mode)."""
     written: set[object] = {storage_of(n) for n in mutated_args(node)}
+    if getattr(node.target, "namespace", "") == "_c10d_functional":
+        return written  # torch calls a collective impure, but one graph is every rank's: its order is theirs
     seeded = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
     if node.op == "call_function" and (seeded or not (written or is_pure(node))):
         written.add("state")

@@ -81,6 +81,26 @@ def _no_spec(recipe: Recipe) -> TensorSpec:
     raise PassError("this pipeline knows no checkpoint, so no shape of a weight that is packed")
 
 
+@dataclass(frozen=True)
+class Chunked:
+    """What a graph of two micro-batches is called with (`passes.chunk`).
+
+    Attributes:
+        inputs: placeholder of the whole -> its placeholders in the halves. results: of one half.
+        symbols: size symbol of the whole, which the first half keeps -> that of the second half.
+        second: places of the results that the second half gives, where some moved over a border (`passes.borders`);
+            None: all. carried: how many results come after them, for the moved nodes of the next region.
+        given: placeholders of what the region before carries.
+    """
+
+    inputs: Mapping[str, tuple[str, str]]
+    results: int
+    symbols: Mapping[str, str]
+    second: tuple[int, ...] | None = None
+    carried: int = 0
+    given: tuple[str, ...] = ()
+
+
 @dataclass
 class Context:
     """What passes may know beside the graph.
@@ -96,6 +116,7 @@ class Context:
         decisions: what a pass decided on layouts.
         placements: placeholder -> mesh axis -> what a rank holds of it, where the graph is one of many ranks'.
         sizes: placeholder -> symbol, of sizes that the ranks agree on before a step.
+        chunked: how the graph was cut in two micro-batches.
     """
 
     region: str
@@ -110,6 +131,7 @@ class Context:
     decisions: list[Decision] = field(default_factory=list)
     placements: dict[str, dict[str, Placement]] = field(default_factory=dict)
     sizes: dict[str, str] = field(default_factory=dict)
+    chunked: Chunked | None = None
 
 
 Invariant = Callable[[GraphModule], str | None]

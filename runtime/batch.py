@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,9 +11,11 @@ import torch
 
 from atomc.ops.batch import Batch
 from atomc.runtime.caches import Caches
+from atomc.runtime.protocols import Serving
 from atomc.runtime.scheduler import Chunk
 
 Int32 = npt.NDArray[np.int32]
+Shapes = tuple[tuple[int, ...], ...]
 
 
 def _ends(positions: Int32, ratio: int) -> Int32:
@@ -53,3 +56,42 @@ def build_batch(chunks: Sequence[Chunk], caches: Caches, *, csa_ratio: int, hca_
         hca_ends=torch.from_numpy(_ends(positions, hca_ratio)),
         logit_rows=torch.from_numpy(np.array(rows, dtype=np.int32)),
     )
+
+
+def idle_batch(serving: Serving) -> Batch:
+    """One token of padding, in the reserved page and block, and in a slot that a new request starts afresh.
+
+    What a step needs that has nothing to compute: it touches nothing that a request will read. Only while no request
+    holds slot 0.
+    """
+
+    def ints(*values: int) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int32)
+
+    def table(width: int) -> torch.Tensor:
+        return torch.zeros((1, width), dtype=torch.int32)
+
+    return Batch(
+        ids=ints(0), positions=ints(0), requests=ints(0), query_start=ints(0, 1), slots=ints(0),
+        window_table=table(serving.window_table_width), block_table=table(serving.block_table_width),
+        csa_ends=ints(-1), hca_ends=ints(-1), logit_rows=ints(0),
+    )  # fmt: skip
+
+
+def pack_batch(batch: Batch) -> torch.Tensor:
+    """All fields of a batch in one tensor [N] int32, for another rank."""
+    return torch.cat([field.reshape(-1) for field in batch])
+
+
+def shapes_of(serving: Serving, tokens: int, requests: int, csa_ends: int, hca_ends: int, rows: int) -> Shapes:
+    """The shape of every field of a batch of these sizes, in order."""
+    return (
+        (tokens,), (tokens,), (tokens,), (requests + 1,), (requests,), (requests, serving.window_table_width),
+        (requests, serving.block_table_width), (csa_ends,), (hca_ends,), (rows,),
+    )  # fmt: skip
+
+
+def unpack_batch(packed: torch.Tensor, shapes: Shapes) -> Batch:
+    """The batch that was packed; its fields are views."""
+    parts = packed.split([math.prod(shape) for shape in shapes])
+    return Batch(*(part.view(shape) for part, shape in zip(parts, shapes, strict=True)))

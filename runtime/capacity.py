@@ -20,6 +20,7 @@ from atomc.artifact.plan import ProgramPlan
 from atomc.runtime.errors import ServingError
 from atomc.runtime.executor import Executor, PoolSizes
 from atomc.runtime.loader import LoadedArtifact, load
+from atomc.runtime.protocols import Peers
 
 # Of the memory that is free: weights are mapped and shared, the rest of the machine lives too.
 DEFAULT_SHARE = 0.5
@@ -149,16 +150,25 @@ def open_executor(
     num_blocks: int | None = None,
     num_window_pages: int | None = None,
     progress: Callable[[str], None] = lambda _: None,
+    parallel: str | None = None,
+    peers: Peers | None = None,
 ) -> tuple[Executor, Capacity]:
     """Load and verify an artifact and give it pools as `choose` sizes them; `progress` is told each file.
 
+    `parallel` selects the layout of the artifact that is run with `peers`, whose pools are sized by the least memory of
+    any of them; None: the whole model, on this rank alone.
+
     Raises:
         ArtifactError: the artifact is damaged, has no weights, or is for another target.
-        ServingError: see `choose`.
+        ServingError: see `choose`; the artifact does not hold this layout.
     """
+    if parallel is not None:
+        raise ServingError(f"{path} holds the model for one rank, not for --parallel {parallel}. Compile it with that.")
     artifact = load(path, progress)
     if memory_bytes is None and artifact.manifest.arch:
         memory_bytes = device_memory(artifact)
+    if memory_bytes is not None and peers is not None:
+        memory_bytes = peers.least(memory_bytes)
     capacity = choose(
         artifact.manifest.serving, artifact.program, max_requests=max_requests, memory_bytes=memory_bytes,
         num_blocks=num_blocks, num_window_pages=num_window_pages,

@@ -1,4 +1,4 @@
-"""`Engine`: requests in, outputs out, one step at a time. Everything it does for a step is in `Engine._step`.
+"""`Engine`: requests in, outputs out, one step at a time. What it does for a step is in `Engine.plan` and `Engine.run`.
 
 Contract:
     Every request that `submit` took ends with one output that has a `finish_reason`, unless it is aborted. An executor
@@ -8,29 +8,37 @@ Contract:
 
 from __future__ import annotations
 
-import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
+from atomc.ops.batch import Batch
 from atomc.runtime.batch import build_batch
 from atomc.runtime.caches import Caches
 from atomc.runtime.detokenize import Detokenizer, Vocabulary
 from atomc.runtime.errors import EngineError, RequestError, UnavailableError
+from atomc.runtime.intake import Intake, Prompt
 from atomc.runtime.metrics import Metrics
 from atomc.runtime.protocols import Executor
 from atomc.runtime.request import FinishReason, Output, Request, SamplingParams
 from atomc.runtime.sampler import Sample, sample
 from atomc.runtime.scheduler import Chunk, Scheduler
 
-Prompt = str | Sequence[int]
-
 
 class _Live(NamedTuple):
     request: Request
     text: Detokenizer
+
+
+class StepPlan(NamedTuple):
+    """One step that is scheduled and not yet run. `start` is the clock's time when it was begun."""
+
+    chunks: list[Chunk]
+    batch: Batch
+    start: float
+    preempted: int
 
 
 class Engine:
@@ -56,9 +64,9 @@ class Engine:
             # A step may complete every request in it, and then it wants a row of logits for each.
             max_requests=min(serving.max_requests, serving.max_logit_rows),
         )
+        self.intake = Intake(serving, self.vocabulary, self.caches.token_capacity, clock)
         self.failure: EngineError | None = None
         self._live: dict[str, _Live] = {}
-        self._numbers = itertools.count()
         self.metrics.state(self.scheduler, self.caches)
 
     @property
@@ -66,23 +74,8 @@ class Engine:
         return self.scheduler.has_work
 
     def prepare(self, prompt: Prompt, params: SamplingParams | None = None, request_id: str | None = None) -> Request:
-        """Encodes and checks a request without taking it in.
-
-        A text prompt gets the model's BOS in front unless it spells it itself; a list of ids is taken as it is.
-        Raises `RequestError` when the prompt is empty, holds an unknown id, or leaves no room for an answer.
-        """
-        params = params or SamplingParams()
-        tokens = self._encode(prompt)
-        stop_ids = frozenset(params.stop_token_ids)
-        return Request(
-            id=request_id or f"request-{next(self._numbers)}",
-            tokens=tokens,
-            prompt_tokens=len(tokens),
-            params=params,
-            limit=self._limit(len(tokens), params),
-            stop_ids=stop_ids if params.ignore_eos else stop_ids | frozenset(self.serving.eos_ids),
-            arrival=self.clock(),
-        )
+        """Encodes and checks a request without taking it in: see `Intake.prepare`."""
+        return self.intake.prepare(prompt, params, request_id)
 
     def submit(self, request: Request) -> None:
         """Takes a prepared request in. Raises `UnavailableError` after a failure, `RequestError` on a used id."""
@@ -124,24 +117,33 @@ class Engine:
 
         Never raises for a failing executor: then every request gets an error output, see `failure`.
         """
-        if not self.has_work:
-            return []
         try:
-            return self._step()
+            plan = self.plan()
+            return [] if plan is None else self.run(plan)
         except Exception as error:  # noqa: BLE001 - whatever it was, no client may be left waiting
             return self.fail(error)
 
-    def _step(self) -> list[Output]:
+    def plan(self) -> StepPlan | None:
+        """What the next step computes, its memory taken; None: nothing. The next call must be `run`, with it.
+
+        Where several engines step together, what each will do is known to all before any of them runs.
+        """
+        if not self.has_work:
+            return None
         start, preempted = self.clock(), self.scheduler.preemptions
         chunks = self.scheduler.schedule()
         batch = build_batch(chunks, self.caches, csa_ratio=self.serving.csa_ratio, hca_ratio=self.serving.hca_ratio)
-        logits = self._checked(self.executor.step(batch), len(batch.logit_rows))
-        requests = [chunk.request for chunk in chunks if chunk.completes]
+        return StepPlan(chunks, batch, start, self.scheduler.preemptions - preempted)
+
+    def run(self, plan: StepPlan) -> list[Output]:
+        """Runs a planned step, as `step` does, but raises what the executor raises: then call `fail`."""
+        logits = self._checked(self.executor.step(plan.batch), len(plan.batch.logit_rows))
+        requests = [chunk.request for chunk in plan.chunks if chunk.completes]
         samples = sample(logits, requests) if requests else []
-        self.scheduler.advance(chunks)
+        self.scheduler.advance(plan.chunks)
         now = self.clock()
         outputs = [self._take(request, choice, now) for request, choice in zip(requests, samples, strict=True)]
-        self._count(chunks, outputs, now - start, self.scheduler.preemptions - preempted)
+        self._count(plan.chunks, outputs, now - plan.start, plan.preempted)
         return outputs
 
     def _take(self, request: Request, choice: Sample, now: float) -> Output:
@@ -214,39 +216,3 @@ class Engine:
         self.metrics.step(sum(chunk.length for chunk in chunks), seconds, outputs)
         self.metrics.preemptions.inc(preempted)
         self.metrics.state(self.scheduler, self.caches)
-
-    def _encode(self, prompt: Prompt) -> list[int]:
-        bos, vocab = self.serving.bos_id, self.serving.vocab_size
-        if isinstance(prompt, str):
-            tokens = self.vocabulary.encode(prompt)
-            if bos is not None and tokens[:1] != [bos]:
-                tokens.insert(0, bos)
-        else:
-            tokens = list(prompt)
-        for token in tokens:
-            if type(token) is not int or not 0 <= token < vocab:
-                raise RequestError(
-                    f"The prompt holds the token {token!r}; ids are integers in [0, {vocab - 1}].", param="prompt"
-                )
-        if not tokens:
-            raise RequestError("The prompt is empty; it needs at least one token.", param="prompt")
-        return tokens
-
-    def _limit(self, prompt_tokens: int, params: SamplingParams) -> int:
-        """Most tokens the request may have; refuses what could not be finished even if it ran alone."""
-        for most, what in (
-            (self.serving.max_context, "the model's context"),
-            (self.caches.token_capacity, "this server's cache memory"),
-        ):
-            total = prompt_tokens + (params.max_tokens or 1)
-            if total > most:
-                asked = "at least 1" if params.max_tokens is None else str(params.max_tokens)
-                raise RequestError(
-                    f"The prompt has {prompt_tokens} tokens and {asked} to generate makes {total}, but {what} holds "
-                    f"{most} tokens. Shorten the prompt or lower max_tokens.",
-                    param="prompt" if prompt_tokens >= most else "max_tokens",
-                    code="context_length_exceeded",
-                )
-        if params.max_tokens is not None:
-            return prompt_tokens + params.max_tokens
-        return min(self.serving.max_context, self.caches.token_capacity)

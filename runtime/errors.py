@@ -31,3 +31,22 @@ class UnavailableError(AtomcError):
 
 class BatchError(AtomcError):
     """A step larger than the artifact is compiled for: a defect of the scheduler, not of a request."""
+
+
+class RankError(AtomcError):
+    """A rank of the run, or its front end, was lost: it died, is silent or late. All others stop with this error.
+
+    `ranks`: the lost one, or those that stand at the same place and do not come on (-1: the front end, -2: the store
+    of the launcher). `step`: where they were last heard.
+    """
+
+    def __init__(self, message: str, *, ranks: tuple[int, ...], step: int) -> None:
+        super().__init__(message)
+        self.ranks = ranks
+        self.step = step
+
+
+class AddressError(AtomcError):
+    """An address that cannot be listened on."""
+
+    exit_code = 2

@@ -15,6 +15,7 @@ from atomc.artifact.order import SIDE_TOKENS, owners_of
 from atomc.artifact.plan import CallPlan, RegionPlan, StateTensor, slots_in
 from atomc.artifact.store import ArtifactError
 from atomc.ops import Batch
+from atomc.runtime.batch import idle_batch
 from atomc.runtime.bind import BoundStep, Environment, Sizes
 from atomc.runtime.errors import BatchError, ServingError
 from atomc.runtime.gpu import Gpu, LaunchStep, Values, on_device
@@ -190,7 +191,11 @@ class Executor:
         self.num_blocks, self.num_window_pages, self.num_slots = pools.blocks, pools.window_pages, pools.slots
         self.bounds = artifact.program.symbols
         program = artifact.program
-        self.gpu = None if artifact.manifest.arch == "" else Gpu(artifact.folder, program.arena_bytes)
+        self.gpu = (
+            None
+            if artifact.manifest.arch == ""
+            else Gpu(artifact.folder, program.arena_bytes, torch.cuda.current_device())
+        )
         self.device = torch.device("cpu") if self.gpu is None else self.gpu.device
         weights, memory = artifact.weights, None
         if self.gpu is not None:
@@ -266,21 +271,8 @@ class Executor:
         Raises:
             ArtifactError: names the step that fails; on a GPU, where a kernel fails while it runs, that it does.
         """
-
-        def ints(*values: int) -> Tensor:
-            return torch.tensor(values, dtype=torch.int32)
-
-        def table(width: int) -> Tensor:
-            return torch.zeros((1, width), dtype=torch.int32)
-
-        serving = self.serving
-        batch = Batch(
-            ids=ints(0), positions=ints(0), requests=ints(0), query_start=ints(0, 1), slots=ints(0),
-            window_table=table(serving.window_table_width), block_table=table(serving.block_table_width),
-            csa_ends=ints(-1), hca_ends=ints(-1), logit_rows=ints(0),
-        )  # fmt: skip
         try:
-            self.step(batch)
+            self.step(idle_batch(self.serving))
             if self.gpu is not None:
                 self.gpu.synchronize()  # an error of a kernel shows here
         except torch.OutOfMemoryError:

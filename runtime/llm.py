@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from atomc.runtime.engine import Engine, Prompt
+from atomc.runtime.engine import Engine
 from atomc.runtime.errors import EngineError, RequestError
+from atomc.runtime.intake import Prompt
 from atomc.runtime.protocols import Executor
 from atomc.runtime.request import FinishReason, Output, SamplingParams, TokenLogprob
 

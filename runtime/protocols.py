@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
+from torch.distributed import ProcessGroup
 
 from atomc.ops.batch import Batch
 
@@ -68,4 +70,56 @@ class Executor(Protocol):
 
     def step(self, batch: Batch) -> torch.Tensor:
         """Writes the batch's rows into the caches; returns float32 logits [L, vocab_size] of `batch.logit_rows`."""
+        ...
+
+
+class Peers(Protocol):
+    """The ranks of a run, as an executor whose steps hold collectives sees them: it is given them when it is loaded.
+
+    Rank `d * tp + t` is number t of the `tp` ranks that run the requests of data-parallel rank d. Its device is the
+    current one, and the process groups are there, before anything is loaded.
+    """
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def dp(self) -> int: ...
+    @property
+    def tp(self) -> int: ...
+
+    def group(self, axis: str) -> ProcessGroup:
+        """The ranks that differ from this one on an axis, dp or tp, alone, in order: gloo on the CPU, NCCL on GPUs.
+
+        Functional collectives take its `group_name`.
+        """
+        ...
+
+    def announce(self, at: int) -> None:
+        """Say that collective `at` of the step is next: called before each, `at` rising from 1 in every step.
+
+        Costs a microsecond. It is how the watchdog knows which rank the others wait for; a graph that is replayed is
+        one such point, and so is each collective of a rehearsal while loading.
+        """
+        ...
+
+    def least(self, value: int) -> int:
+        """The least of all ranks' values: a collective of its own, for sizes that must be the same everywhere."""
+        ...
+
+
+@runtime_checkable
+class ShardedExecutor(Executor, Protocol):
+    """An executor whose steps hold collectives: every rank runs every step, with its own batch or one of padding.
+
+    The ranks of one data-parallel rank are given the same batch, so their pools must be of equal sizes. Logits of the
+    first of them are sampled; what the others return is dropped.
+    """
+
+    def begin(self, tokens: Sequence[int], bucket: int, prefill: bool) -> None:
+        """What the next `step` is, on all ranks: called with equal arguments on each of them, before each step.
+
+        `tokens` of each rank, the same within a tp group, 0 where it has none of its own and runs `idle_batch`;
+        `bucket`, the most of them, is what steps without `prefill` are padded to: in those every rank has one token of
+        each of its requests, and wants the logits of all.
+        """
         ...

@@ -40,7 +40,8 @@ SLOW_MODULES = frozenset(
     {
         "artifact/test_check.py", "artifact/test_damage.py", "models/test_model.py", "models/test_mtp.py",
         "models/test_mutations.py", "models/test_nano_dense.py", "models/test_nano_training.py",
-        "passes/test_fusions.py", "passes/test_promises.py", "passes/test_quant_fusions.py", "passes/test_shard.py",
+        "passes/test_chunk.py", "passes/test_fusions.py", "passes/test_promises.py", "passes/test_quant_fusions.py",
+        "passes/test_schedule.py", "passes/test_shard.py",
         "runtime/test_evaluate.py", "runtime/test_executor.py", "runtime/test_native.py",
         "codegen/test_missing.py", "test_bad_input.py", "test_capture.py", "test_cli.py", "test_collectives.py",
         "test_compiler.py", "test_dynamo.py", "test_dynamo_transformers.py", "verify/test_clean.py",

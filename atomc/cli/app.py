@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated
 
@@ -16,6 +17,7 @@ from atomc.cli.failure import run
 from atomc.cli.generate import generate_command
 from atomc.cli.inspect import inspect_command
 from atomc.cli.listing import passes_command, schemes_command, targets_command
+from atomc.cli.plan import plan_command
 from atomc.cli.serve import serve_command
 from atomc.cli.verify import verify_command
 
@@ -32,6 +34,7 @@ for _name, _command in (
     ("generate", generate_command),
     ("serve", serve_command),
     ("inspect", inspect_command),
+    ("plan", plan_command),
     ("explain", explain_command),
     ("verify", verify_command),
     ("eval", eval_command),
@@ -60,4 +63,9 @@ def _options(
 
 def main() -> None:
     """The entry point of the `atomc` program."""
-    sys.exit(run(app, sys.argv[1:]))
+    code = run(app, sys.argv[1:])
+    if "atomc.runtime.ranks" in sys.modules:  # what is left of a run is torch, which takes seconds to end
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -15,8 +15,9 @@ from atomc.cli.inspect import ArtifactArgument
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from atomc.runtime.engine import Engine, Prompt
+    from atomc.runtime.engine import Engine
     from atomc.runtime.executor import Executor
+    from atomc.runtime.intake import Prompt
     from atomc.runtime.llm import LLM
     from atomc.runtime.request import Output, SamplingParams
 

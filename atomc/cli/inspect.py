@@ -51,6 +51,11 @@ def inspect_command(
         int | None,
         typer.Option(min=1, help="Tokens of each request.", show_default="the artifact's most; with --kernels 4096"),
     ] = None,
+    timeline: Annotated[
+        Path | None,
+        typer.Option(help="Draw predicted steps of --parallel on two streams: HTML, or .json for a Chrome trace."),
+    ] = None,
+    parallel: Annotated[str, typer.Option(help="The layout of --timeline.")] = "dp=8,moe=tp,tbo=auto",
     as_json: JsonOption = False,
 ) -> None:
     """Check and show an artifact: facts, files, regions, operators, memory plan; kernels and predicted times."""
@@ -58,7 +63,13 @@ def inspect_command(
         from atomc.cli.paths import check_file
 
         check_file(html, "--html")
+    if timeline is not None:
+        from atomc.cli.paths import check_file
+
+        check_file(timeline, "--timeline")
     opened = open_artifact(artifact)
+    if timeline is not None:
+        _draw_timeline(timeline, opened, parallel, batch, context)
     if plan is not None:
         _check_region(opened, plan)
         if kernels and batch is not None:
@@ -81,8 +92,18 @@ def inspect_command(
     else:
         _show(opened)
         _show_memory(opened, batch, context)
-    if html is not None:
-        typer.echo(f"\nDrawn in {html}.")
+    for drawn in (html, timeline):
+        if drawn is not None:
+            typer.echo(f"\nDrawn in {drawn}.")
+
+
+def _draw_timeline(path: Path, opened: Opened, parallel: str, batch: int | None, context: int | None) -> None:
+    from atomc.cli.timeline import draw_artifact
+
+    manifest = opened.manifest
+    requests, tokens = batch or manifest.limits.max_requests, context or manifest.limits.max_context
+    most = manifest.limits.max_batch_tokens
+    draw_artifact(path, opened.folder, manifest.model, manifest.target, parallel, requests, tokens, most)
 
 
 def _emit(opened: Opened, kernels: bool, batch: int | None, context: int | None) -> None:

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from atomc.cli.engine import MemoryOption, open_engine
 from atomc.cli.inspect import ArtifactArgument
+from atomc.runtime.options import HttpOptions, RunOptions, help_of
 
 if TYPE_CHECKING:
     import socket
+
+    from atomc.runtime.protocols import Serving
+
+
+def _option(name: str, **more: Any) -> Any:
+    return typer.Option(**help_of(name), **more)
 
 
 def serve_command(
@@ -31,66 +41,114 @@ def serve_command(
     num_window_pages: Annotated[
         int | None, typer.Option(min=2, help="Pages of the sliding window.", show_default="from --max-requests")
     ] = None,
-    max_waiting: Annotated[int, typer.Option(min=0, help="Requests that may wait; more are refused with 503.")] = 1024,
-    drain_seconds: Annotated[
-        float, typer.Option(min=0, help="How long running answers may take to end after SIGTERM or Ctrl-C.")
-    ] = 30.0,
-    log_level: Annotated[str, typer.Option(help="critical, error, warning, info, debug or trace.")] = "info",
+    max_waiting: Annotated[int, _option("max_waiting")] = HttpOptions.max_waiting,
+    drain_seconds: Annotated[float, _option("drain_seconds")] = 30.0,
+    log_level: Annotated[str, _option("log_level")] = HttpOptions.log_level,
+    nproc: Annotated[
+        int | None,
+        typer.Option(min=1, help="Ranks on this machine, each a process.", show_default="of --parallel, or 1"),
+    ] = None,
+    parallel: Annotated[str | None, _option("parallel", show_default="the whole model on each rank")] = None,
+    load_ms: Annotated[int, _option("load_ms")] = RunOptions.load_ms,
+    silent_ms: Annotated[int, _option("silent_ms")] = RunOptions.silent_ms,
+    first_ms: Annotated[int, _option("first_ms")] = RunOptions.first_ms,
+    late_ms: Annotated[int, _option("late_ms")] = RunOptions.late_ms,
 ) -> None:
     """Serve an artifact over HTTP. SIGTERM and Ctrl-C stop it when running answers have ended."""
-    import asyncio
-
-    from atomc.cli.failure import TERMINATED, OptionError
+    from atomc.cli.failure import OptionError
+    from atomc.cli.units import parse_bytes
 
     if log_level not in (levels := ("critical", "error", "warning", "info", "debug", "trace")):
         raise OptionError(f"--log-level {log_level} is none of {', '.join(levels)}.")
-    with _listen(host, port) as listener:
-        executor, capacity = open_engine(
-            artifact, max_requests=max_requests, memory=memory, num_blocks=num_blocks, num_window_pages=num_window_pages
-        )
-        from atomc.runtime.async_engine import AsyncEngine
-        from atomc.runtime.engine import Engine
-        from atomc.runtime.server.run import make_server
+    from atomc.runtime.server.run import listen
 
-        names = tuple(name or ())
-        engine = AsyncEngine(Engine(executor), max_waiting=max_waiting)
-        server = make_server(engine, names=names, drain_seconds=drain_seconds, log_level=log_level)
-        typer.echo(f"{' '.join(names) or executor.serving.model_name} from {artifact}, target cpu")
-        typer.echo(f"  context {capacity.context:,} tokens; {capacity}")
-        typer.echo(f"  {_url(listener)}/v1/completions  /v1/chat/completions  /v1/models  /health  /metrics")
-        sys.stdout.flush()
-        try:
-            asyncio.run(server.serve(sockets=[listener]))
-        except KeyboardInterrupt:  # uvicorn sends the signal on after a shutdown in good order
-            pass
-        except SystemExit as ended:
-            if ended.code != TERMINATED:
-                raise
+    http: dict[str, Any] = {"names": tuple(name or ()), "drain_seconds": drain_seconds, "log_level": log_level}
+    with listen(host, port) as listener, _until_stopped():
+        if parallel is None and nproc in (None, 1):
+            caches = {
+                "max_requests": max_requests, "memory": memory, "num_blocks": num_blocks,
+                "num_window_pages": num_window_pages,
+            }  # fmt: skip
+            _serve_alone(artifact, listener, max_waiting, caches, http)
+        else:
+            options = RunOptions(
+                parallel, max_requests, parse_bytes(memory, "--memory"), num_blocks, num_window_pages,
+                load_ms=load_ms, silent_ms=silent_ms, first_ms=first_ms, late_ms=late_ms,
+            )  # fmt: skip
+            _serve_ranks(artifact, listener, nproc, max_waiting, options, http)
     typer.echo("stopped.")
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    """A socket bound before the artifact is loaded: what is wrong with the address is said at once."""
-    import socket
-
-    from atomc.cli.failure import OptionError
+@contextmanager
+def _until_stopped() -> Iterator[None]:
+    """A signal that uvicorn sends on after a shutdown in good order is no error."""
+    from atomc.cli.failure import TERMINATED
 
     try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
-        return socket.create_server((host, port), family=family)
-    except OSError as error:
-        raise OptionError(
-            f"cannot listen on {host} port {port}: {_reason(error)}. Choose another --host or --port."
-        ) from error
+        yield
+    except KeyboardInterrupt:
+        pass
+    except SystemExit as ended:
+        if ended.code != TERMINATED:
+            raise
 
 
-def _reason(error: OSError) -> str:
-    """Without the address that Python adds; getaddrinfo has numbers of its own."""
-    import os
-    import socket
+def _serve_alone(
+    artifact: Path, listener: socket.socket, max_waiting: int, caches: dict[str, Any], http: dict[str, Any]
+) -> None:
+    import asyncio
 
-    found = error.strerror if isinstance(error, socket.gaierror) or error.errno is None else os.strerror(error.errno)
-    return found or str(error)
+    executor, capacity = open_engine(artifact, **caches)
+    from atomc.runtime.async_engine import AsyncEngine
+    from atomc.runtime.engine import Engine
+    from atomc.runtime.server.run import make_server
+
+    engine = AsyncEngine(Engine(executor), max_waiting=max_waiting)
+    server = make_server(engine, **http)
+    sizes = f"context {capacity.context:,} tokens; {capacity}"
+    _greet(artifact, executor.serving, [sizes], listener, http["names"])
+    asyncio.run(server.serve(sockets=[listener]))
+
+
+def _serve_ranks(
+    artifact: Path,
+    listener: socket.socket,
+    nproc: int | None,
+    max_waiting: int,
+    options: RunOptions,
+    http: dict[str, Any],
+) -> None:
+    """The front end is this process, the ranks are children of it."""
+    import secrets
+
+    from atomc.runtime.ranks.group import Stores
+    from atomc.runtime.ranks.mesh import read_mesh
+    from atomc.runtime.ranks.processes import Processes
+    from atomc.runtime.ranks.serve import RankedServer, bounds_of
+
+    size = nproc or read_mesh(options.parallel or "").size
+    bounds, key, here = bounds_of(options), secrets.token_hex(32), "127.0.0.1"
+    stores = Stores.open(here, 0, "0", bounds, host_it=True)
+    server = RankedServer(artifact, size, here, stores, options, key=key, max_waiting=max_waiting)
+    processes = Processes([str(artifact), "--role=rank", *options.arguments()], size, here, stores.port, key)
+    try:
+        processes.start(server.lost, bounds.silent_ms)
+        server.gather()
+        sizes = [f"rank {line.ready.rank}: {line.ready.capacity}" for line in server.front.lines]
+        _greet(artifact, server.front.serving, sizes, listener, http["names"])
+        server.serve(listener, **http)
+    finally:
+        processes.end(bounds.grace_ms / 1000 + 1)
+
+
+def _greet(
+    artifact: Path, serving: Serving, capacities: list[str], listener: socket.socket, names: tuple[str, ...]
+) -> None:
+    typer.echo(f"{' '.join(names) or serving.model_name} from {artifact}, target cpu")
+    for capacity in capacities:
+        typer.echo(f"  {capacity}")
+    typer.echo(f"  {_url(listener)}/v1/completions  /v1/chat/completions  /v1/models  /health  /metrics")
+    sys.stdout.flush()
 
 
 def _url(listener: socket.socket) -> str:

@@ -4,11 +4,12 @@ Sources: NVIDIA Blackwell architecture brief, HGX B200 at 1,000 W (dense bf16 2.
 datasheet (float32 600 TFLOP/s of eight GPUs); DGX B200 datasheet (eight GPUs with 1,440 GB and 64 TB/s together; NVLink
 5, 1.8 TB/s both ways through NVSwitch); 148 SMs as the driver reports; CUDA C++ programming guide, compute capability
 10.0 (227 KiB of shared memory a block and 228 an SM, 64 K registers an SM, 255 a thread, 64 warps, 32 blocks). The
+links' share is the one reported for an H100, assumed, as are 15 microseconds for the least collective. The
 accumulators' tensor memory (256 KiB an SM) is the kernel compiler's affair and not listed. Sustained: the shares
 measured on an H100, assumed; nothing was measured on this device.
 """
 
-from atomc.targets.target import KIB, Link, Peaks, Residency, Sustained, Target, TritonBackend
+from atomc.targets.target import KIB, Link, Peaks, Product, Residency, Sustained, Target, TritonBackend
 
 TARGET = Target(
     name="b200",
@@ -26,7 +27,7 @@ TARGET = Target(
     peaks=Peaks(bf16=2.25e15, fp8=4.5e15, fp4=9.0e15, vector=7.5e13),
     memory_bytes=180_000_000_000,
     memory_rate=8.0e12,
-    link=Link(topology="switch", rate=900.0e9, devices=8),
+    link=Link(topology="switch", rate=900.0e9, devices=8, share=0.79, latency=15.0e-6, origin="assumed"),
     residency=Residency(
         shared_bytes=228 * KIB,
         shared_granule=128,
@@ -37,6 +38,15 @@ TARGET = Target(
         workgroups=32,
         barriers=32,
     ),
-    sustained=Sustained(memory=0.89, matrix=(0.77, 0.62), launch=4.0e-6, origin="assumed"),
+    sustained=Sustained(
+        memory=0.89,
+        matrix=(0.77, 0.62),
+        launch=4.0e-6,
+        origin="assumed",
+        products=(
+            Product("experts", 0.54, "reported", "DeepGEMM MegaMoE, V4-Pro on eight ranks: 2,438 TFLOP/s at 32,768"),
+            Product("attention", 0.64, "reported", "FlashMLA: sparse prefill, 1,450 TFLOP/s"),
+        ),
+    ),
     dependent_launch=True,
 )

@@ -6,13 +6,21 @@ HBM3 80 GB at 3.35 TB/s; NVLink 4, 900 GB/s both ways through NVSwitch); CUDA C+
 `dot_scaled` to bf16, hence mx "emulated". Memory is counted in 10^9 bytes, slightly below what the driver reports.
 Residency: the same guide and the occupancy calculator (228 KiB of shared memory an SM, 1 KiB of it kept for each block,
 64 warps, 32 blocks, registers given to a warp by 256). float32 outside the matrix units: 66.9 TFLOP/s (white paper).
+Links: reduce-scatter reaches 360 GB/s and all-gather 350 of 450 (nccl-tests, reported in NVIDIA/nccl#1281); 15
+microseconds for the least collective, assumed.
+
+Contention, from two H100 of one node under bfloat16 products of V4-Flash (benchmarks/results/overlap_nccl_h100.json):
+collectives of NCCL 2.28 kept 0.2 to 0.5 of their speed beside products, products 0.85 to 1.04 of theirs beside
+collectives, copies 0.83; products one after the other without a pause took 1.06 of what short runs of them took, and
+0.3 of the power for a collective is what then fits two chains of layers. Collectives of two devices reach 120 to 230
+GB/s in messages of 17 to 134 MB, less than the share above, which is of long ones of eight.
 
 Sustained, from one run on one H100 80GB HBM3: copy 3.0 TB/s, bf16 8192^3 730 to 800 TFLOP/s, FP8 1,238 TFLOP/s
 (cuBLASLt), and some 4 microseconds of ramp and tail a kernel of a captured graph. Another run copied at 2.42 TB/s and
 reached FP8 1,485 TFLOP/s; docs/inspect.md compares predictions at both rates with what was measured.
 """
 
-from atomc.targets.target import KIB, Link, Peaks, Residency, Sustained, Target, TritonBackend
+from atomc.targets.target import KIB, Link, Peaks, Product, Residency, Sustained, Target, TritonBackend
 
 TARGET = Target(
     name="h100",
@@ -30,7 +38,15 @@ TARGET = Target(
     peaks=Peaks(bf16=9.894e14, fp8=1.9789e15, fp4=None, vector=6.69e13),
     memory_bytes=80_000_000_000,
     memory_rate=3.35e12,
-    link=Link(topology="switch", rate=450.0e9, devices=8),
+    link=Link(
+        topology="switch",
+        rate=450.0e9,
+        devices=8,
+        share=0.79,
+        latency=15.0e-6,
+        origin="reported",
+        contention="measured",
+    ),
     residency=Residency(
         shared_bytes=228 * KIB,
         shared_granule=128,
@@ -41,6 +57,12 @@ TARGET = Target(
         workgroups=32,
         barriers=32,
     ),
-    sustained=Sustained(memory=0.89, matrix=(0.77, 0.62), launch=4.0e-6, origin="measured"),
+    sustained=Sustained(
+        memory=0.89,
+        matrix=(0.77, 0.62),
+        launch=4.0e-6,
+        origin="measured",
+        products=(Product("attention", 0.65, "reported", "FlashMLA: sparse prefill, 640 TFLOP/s on an H800"),),
+    ),
     dependent_launch=True,
 )

@@ -6,11 +6,22 @@ AMD CDNA 4 white paper and MI355X datasheet for clock (2.4 GHz), matrix FLOPs pe
 ways, each to one peer). Registers per lane: CDNA 4 ISA, 256 VGPRs + 256 AGPRs.
 Residency: LLVM, "User Guide for AMDGPU Backend" and the occupancy arithmetic of its GCN subtarget (four SIMDs a CU,
 eight waves a SIMD, VGPRs by 8, LDS by 1,280 bytes, 16 workgroups of more than one wave). float32 outside the matrix
-units: 157.3 TFLOP/s (datasheet). Sustained: the shares measured on an H100, assumed; nothing was measured on this
+units: 157.3 TFLOP/s (datasheet). Links: the share that AMD reports for an MI300X, assumed, and 15 microseconds for the
+least collective, assumed. Sustained: the shares measured on an H100, assumed; nothing was measured on this
 device.
 """
 
-from atomc.targets.target import GIB, KIB, Link, Peaks, Residency, Sustained, Target, TritonBackend
+from atomc.targets.target import (
+    GIB,
+    KIB,
+    Link,
+    Peaks,
+    Product,
+    Residency,
+    Sustained,
+    Target,
+    TritonBackend,
+)
 
 TARGET = Target(
     name="mi355x",
@@ -28,7 +39,7 @@ TARGET = Target(
     peaks=Peaks(bf16=2.5166e15, fp8=5.0332e15, fp4=10.0663e15, vector=1.573e14),
     memory_bytes=288 * GIB,
     memory_rate=8.0e12,
-    link=Link(topology="mesh", rate=7 * 76.8e9, devices=8),
+    link=Link(topology="mesh", rate=7 * 76.8e9, devices=8, share=0.75, latency=15.0e-6, origin="assumed"),
     residency=Residency(
         shared_bytes=160 * KIB,
         shared_granule=1280,
@@ -39,5 +50,18 @@ TARGET = Target(
         workgroups=32,
         barriers=16,
     ),
-    sustained=Sustained(memory=0.89, matrix=(0.77, 0.62), launch=4.0e-6, origin="assumed"),
+    sustained=Sustained(
+        memory=0.89,
+        matrix=(0.77, 0.62),
+        launch=4.0e-6,
+        origin="assumed",
+        products=(
+            Product(
+                "linear", 0.46, "reported", "AITER tuned tables: 16384x7168x16384 in 128x128 blocks, 2,340 TFLOP/s"
+            ),
+            Product("grouped", 0.43, "reported", "AITER tuned tables: batched, scales of 32, 2,177 TFLOP/s"),
+            Product("experts", 0.33, "reported", "AITER dsv4_fp8fp4_tuned_fmoe.csv: 1,546 to 1,688 TFLOP/s at 32,768"),
+            Product("attention", 0.60, "assumed", "as its bf16 products, 1,519 TFLOP/s in AITER's tuned tables"),
+        ),
+    ),
 )

@@ -20,6 +20,7 @@ Fp8Dialect = Literal["ocp", "fnuz"]
 MxSupport = Literal["native", "emulated", "none"]
 Topology = Literal["none", "mesh", "switch"]
 Format = Literal["bf16", "fp8", "fp4"]
+Origin = Literal["measured", "reported", "assumed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +68,22 @@ class Residency:
 
 
 @dataclass(frozen=True, slots=True)
+class Product:
+    """What one kind of product sustains on a target, where that is known to differ from plain ones.
+
+    Attributes:
+        kind: `linear` (narrow codes with scales of blocks), `grouped` (the same for each group of heads), `experts`
+            (narrow codes, rows of many experts), `attention` (over the rows that each token chose).
+        share: of the matrix peak of the operands' format, `attention` of bf16's. origin, source: where it is from.
+    """
+
+    kind: Literal["linear", "grouped", "experts", "attention"]
+    share: float
+    origin: Origin
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
 class Sustained:
     """What predictions reckon with instead of the peaks.
 
@@ -74,12 +91,21 @@ class Sustained:
         memory: share of `memory_rate` that a long kernel reaches. matrix: share of the matrix peaks, for bf16 and for
             narrower operands. launch: seconds that a launch in a captured graph takes at the least.
         origin: `measured` on a device of this kind, or `assumed` to be as on another.
+        products: what plans reckon with instead of `matrix` (`Target.product_rate`).
+        burst: speed of products, over the sustained one, while the device is not held to its power: a long run of them
+            is. memory_power: share of the power that a kernel bound by memory takes.
+        host: seconds that the compute stream idles after a kernel whose result the host waits for, until the next one
+            that it launches runs; assumed everywhere.
     """
 
     memory: float
     matrix: tuple[float, float]
     launch: float
     origin: Literal["measured", "assumed"]
+    products: tuple[Product, ...] = ()
+    burst: float = 1.06
+    memory_power: float = 0.7
+    host: float = 25.0e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,11 +116,26 @@ class Link:
         topology: `switch`: one pair alone may use the whole rate; `mesh`: a pair has `rate / (devices - 1)`.
         rate: bytes per second out of one device to all its peers together, one direction.
         devices: devices of one node that are connected this way, itself included.
+        share: part of the rate that a long collective reaches. latency: seconds that a collective takes at the least.
+        origin: where share is from: `reported` in public for a device of this kind, or `assumed` to be as on another.
+            Latencies are assumed everywhere.
+        units: share of the compute units that a collective takes from compute. copies: bytes between a device and its
+            memory for each byte that it sends. kept: share of its rate that a collective keeps while compute runs: it
+            waits for units, and shares them. power: share of the device's power that it takes.
+        contention: where these four are from, and `Sustained.burst`.
     """
 
     topology: Topology
     rate: float
     devices: int
+    share: float = 1.0
+    latency: float = 0.0
+    origin: Literal["reported", "assumed"] = "assumed"
+    units: float = 0.05
+    copies: float = 3.6
+    kept: float = 0.35
+    power: float = 0.3
+    contention: Origin = "assumed"
 
     @property
     def pair_rate(self) -> float:
@@ -165,6 +206,11 @@ class Target:
     def sustained_matrix(self, operands: Format) -> float:
         """FLOP/s of products of `operands` that predictions reckon with."""
         return self.peak(operands) * self.sustained.matrix[operands != "bf16"]
+
+    def product_rate(self, kind: str, operands: Format) -> float:
+        """FLOP/s of one kind of product (`Product.kind`) that plans reckon with; of any other `sustained_matrix`."""
+        known = next((product for product in self.sustained.products if product.kind == kind), None)
+        return self.sustained_matrix(operands) if known is None else self.peak(operands) * known.share
 
     @property
     def is_gpu(self) -> bool:

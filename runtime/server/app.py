@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from atomc.errors import AtomcError
-from atomc.runtime.async_engine import AsyncEngine
+from atomc.runtime.frontend import Frontend
 from atomc.runtime.server.chat import chat
 from atomc.runtime.server.completions import complete
 from atomc.runtime.server.problems import ApiError
@@ -26,11 +26,11 @@ MAX_BODY_BYTES = 32 * 2**20
 _log = logging.getLogger(__name__)
 
 
-def create_app(engine: AsyncEngine, *, names: Sequence[str] = ()) -> FastAPI:
+def create_app(engine: Frontend, *, names: Sequence[str] = ()) -> FastAPI:
     """Serves `engine` under `names`, by default the artifact's model name. Does not own the engine's life."""
-    serving = engine.engine.serving
+    serving = engine.serving
     models = tuple(names) or (serving.model_name,)
-    form = ChatFormat(engine.engine.executor.tokenizer_path)
+    form = ChatFormat(engine.tokenizer_path)
     created = int(time.time())
     # No OpenAPI page: bodies are checked by msgspec, so FastAPI would have nothing true to say about them.
     app = FastAPI(title="atomc", openapi_url=None)
@@ -82,7 +82,7 @@ def create_app(engine: AsyncEngine, *, names: Sequence[str] = ()) -> FastAPI:
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        return Response(engine.engine.metrics.render(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+        return Response(engine.metrics.render(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     _add_error_handlers(app)
     return app

@@ -10,7 +10,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from atomc.runtime.async_engine import AsyncEngine, Stream
+from atomc.runtime.frontend import Frontend, Stream
 from atomc.runtime.request import MAX_LOGPROBS
 from atomc.runtime.server.problems import ApiError
 from atomc.runtime.server.recipe import AnswerParser, Chat, ChatFormat
@@ -18,11 +18,11 @@ from atomc.runtime.server.schema import ChatBody
 from atomc.runtime.server.transport import EventStream, Usage, answer_or_give_up, chat_logprobs, outputs_of
 
 
-async def chat(engine: AsyncEngine, form: ChatFormat, body: ChatBody, request: Request) -> Response:
+async def chat(engine: Frontend, form: ChatFormat, body: ChatBody, request: Request) -> Response:
     """Checks and encodes the conversation, submits every choice, and answers at once or as a stream of events."""
     logprobs = _logprobs(body)
     opened = form.open(body)
-    context = min(engine.engine.serving.max_context, engine.engine.caches.token_capacity)
+    context = min(engine.serving.max_context, engine.intake.token_capacity)
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     if max_tokens is None:
         max_tokens = form.default_max_tokens(opened, context)
@@ -50,9 +50,9 @@ def _logprobs(body: ChatBody) -> int | None:
 class _Answer:
     """One HTTP answer: the choices of a stream, whole or in chunks."""
 
-    def __init__(self, engine: AsyncEngine, form: ChatFormat, body: ChatBody, opened: Chat, stream: Stream) -> None:
+    def __init__(self, engine: Frontend, form: ChatFormat, body: ChatBody, opened: Chat, stream: Stream) -> None:
         self.engine, self.body, self.stream = engine, body, stream
-        self.vocabulary = engine.engine.vocabulary
+        self.vocabulary = engine.vocabulary
         self.usage = Usage(len(opened.prompt))
         self.id = f"chatcmpl-{secrets.token_hex(12)}"
         self.created = int(time.time())

@@ -10,8 +10,8 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from atomc.runtime.async_engine import AsyncEngine, Stream
-from atomc.runtime.engine import Prompt
+from atomc.runtime.frontend import Frontend, Stream
+from atomc.runtime.intake import Prompt
 from atomc.runtime.server.problems import ApiError
 from atomc.runtime.server.schema import MAX_CHOICES, CompletionBody, refuse
 from atomc.runtime.server.transport import (
@@ -25,7 +25,7 @@ from atomc.runtime.server.transport import (
 _DEFAULT_MAX_TOKENS = 16
 
 
-async def complete(engine: AsyncEngine, body: CompletionBody, request: Request) -> Response:
+async def complete(engine: Frontend, body: CompletionBody, request: Request) -> Response:
     """Checks the body, submits every choice, and answers at once or as a stream of events."""
     prompts = _prompts(body.prompt)
     refuse("suffix", body.suffix)
@@ -69,9 +69,9 @@ def _prompts(prompt: Any) -> list[Prompt]:
 class _Answer:
     """One HTTP answer: the choices of a stream, whole or in chunks."""
 
-    def __init__(self, engine: AsyncEngine, body: CompletionBody, prompts: list[Prompt], stream: Stream) -> None:
+    def __init__(self, engine: Frontend, body: CompletionBody, prompts: list[Prompt], stream: Stream) -> None:
         self.engine, self.body, self.stream = engine, body, stream
-        vocabulary = engine.engine.vocabulary
+        vocabulary = engine.vocabulary
         self.usage = Usage(sum(r.prompt_tokens for r in stream.requests[:: body.choices]))
         self.echoes = [
             "" if not body.echo else prompt if isinstance(prompt, str) else vocabulary.decode(prompt)

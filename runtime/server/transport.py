@@ -11,8 +11,8 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from atomc.runtime.async_engine import AsyncEngine, Stream
 from atomc.runtime.detokenize import Vocabulary
+from atomc.runtime.frontend import Frontend, Stream
 from atomc.runtime.request import Output, TokenLogprob
 from atomc.runtime.server.problems import ApiError
 
@@ -74,11 +74,11 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-async def outputs_of(engine: AsyncEngine, stream: Stream) -> AsyncIterator[tuple[int, Output]]:
-    """The stream's outputs; raises `ApiError` 500 (503 in a shutdown) when one of its requests ends in an error."""
+async def outputs_of(engine: Frontend, stream: Stream) -> AsyncIterator[tuple[int, Output]]:
+    """The stream's outputs; raises `ApiError` when one of its requests ends in an error."""
     async for index, output in stream:
         if output.finish_reason == "error":
-            status, code = (503, "unavailable") if engine.status == "stopping" else (500, "engine_error")
+            status, code = engine.problem
             raise ApiError(status, output.error or "The request ended in an error.", code=code)
         yield index, output
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from atomc.codegen.kernels.gemm import Tiles
 from atomc.codegen.kernels.moe_config import Config, Part
 from atomc.codegen.tuning import FOLDER, STATIC, Entry, Table, table_of, trial, tuned
 from atomc.targets import TARGETS, get_target
+from benchmarks import tune_experts
 from benchmarks.tune import write
 
 HEAD = {"n": 129280, "k": 4096, "groups": 1, "x": "bf16", "w": "bf16"}
@@ -89,20 +88,6 @@ def test_a_trial_takes_the_place_of_the_table() -> None:
     assert dict(device.launches[0][0].constants)["SPLITS"] == 2
 
 
-def test_a_second_run_is_put_beside_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
-    monkeypatch.setattr("sys.argv", ["tune", "--models", "m"])
-    path = tmp_path / "tuned" / "h100.json"
-    first, second, again = (
-        Entry("gemm", {"n": n}, 16, {"rows": rows}, 1e-6, 2e-6) for n, rows in [(1, 64), (2, 64), (1, 32)]
-    )
-    write(path, "h100", [first, second])
-    write(path, "h100", [again])
-    table = msgspec.json.decode(path.read_bytes(), type=Table)
-    assert table.entries == [again, second]
-    assert table.commands == ["benchmarks/tune.py --models m"] * 2
-
-
 class Origins(Recorder):
     """Keeps who chose each launch."""
 
@@ -115,15 +100,9 @@ class Origins(Recorder):
         }
 
 
-@pytest.fixture
-def tuner(repo_root: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(sys, "path", [str(repo_root), *sys.path])
-    return importlib.import_module("benchmarks.tune_experts")
-
-
 @pytest.mark.parametrize("tokens", [16, 64])
-def test_experts_take_what_was_measured_for_them(tuner: Any, monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
-    problem = next(p for p in tuner.problems(["deepseek-v4-flash"]) if p.tokens == tokens)
+def test_experts_take_what_was_measured_for_them(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
+    problem = next(p for p in tune_experts.problems(["deepseek-v4-flash"]) if p.tokens == tokens)
     config = Config(8, Part(64, 4, 5, splits=2, blocks=2), Part(32, 2, 3), fused=False)
     entry = Entry("experts", problem.key, tokens, config.table, 1.0, 1.0)
     monkeypatch.setattr(tuning, "table_of", lambda _: Table("h100", "this", "", "3", [], "", [entry]))
@@ -136,11 +115,11 @@ def test_experts_take_what_was_measured_for_them(tuner: Any, monkeypatch: pytest
     assert origin == told and (constants["BM"], constants["BN"], constants["BK"]) == (8, 32, 128)
     assert device.origins["inner_rows"][0] == told and device.origins["inner_rows"][1]["SPLIT"] == 2
     assert device.origins["sort_few"][1]["BM"] == 8
-    assert [(v.warps, v.stages) for v in device.variants if v.name in tuner.PRODUCTS] == [(4, 5), (2, 3)]
+    assert [(v.warps, v.stages) for v in device.variants if v.name in tune_experts.PRODUCTS] == [(4, 5), (2, 3)]
 
 
-def test_candidates_of_experts_begin_with_the_static_model(tuner: Any) -> None:
-    for problem in tuner.problems(["deepseek-v4-flash", "deepseek-v4-pro"]):
+def test_candidates_of_experts_begin_with_the_static_model() -> None:
+    for problem in tune_experts.problems(["deepseek-v4-flash", "deepseek-v4-pro"]):
         device = Recorder(get_target("h100"), problem.tokens)
         found = problem.candidates(device)
         assert found[0].origin == STATIC and len(found) == len(set(found)) > 4
@@ -151,19 +130,15 @@ def test_candidates_of_experts_begin_with_the_static_model(tuner: Any) -> None:
         assert launched["experts_out"]["BN"] == found[-1].second.rows
 
 
-def test_the_tuner_writes_what_the_compiler_reads(tuner: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    tune = importlib.import_module("benchmarks.tune")
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "this")
-    problem = next(iter(tuner.problems(["deepseek-v4-flash"])))
-    config = problem.candidates(Recorder(get_target("h100"), problem.tokens))[-1]
-    entries = [Entry("experts", problem.key, tokens, config.table, 1.0, 2.0, "3") for tokens in (64, 16)]
-    path = tmp_path / "h100.json"
-    tune.write(path, "h100", entries[:1])
-    tune.write(path, "h100", entries[1:])
-    monkeypatch.setattr(tuning, "FOLDER", tmp_path)
-    table_of.cache_clear()
-    try:
-        table = table_of(get_target("h100"))
-    finally:
-        table_of.cache_clear()
-    assert table is not None and table.entries == entries[::-1] and table.device == "this"
+def test_a_second_run_is_put_beside_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr("sys.argv", ["tune", "--models", "m"])
+    path = tmp_path / "tuned" / "h100.json"
+    first, second, again = (
+        Entry("gemm", {"n": n}, 16, {"rows": rows}, 1e-6, 2e-6) for n, rows in [(1, 64), (2, 64), (1, 32)]
+    )
+    write(path, "h100", [first, second])
+    write(path, "h100", [again])
+    table = msgspec.json.decode(path.read_bytes(), type=Table)
+    assert table.entries == [again, second]
+    assert table.commands == ["benchmarks/tune.py --models m"] * 2

@@ -10,10 +10,11 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from atomc.runtime.async_engine import AsyncEngine, Stream
+from atomc.runtime.async_engine import AsyncEngine
 from atomc.runtime.detokenize import Vocabulary
 from atomc.runtime.engine import Engine
 from atomc.runtime.errors import RequestError, UnavailableError
+from atomc.runtime.frontend import Stream
 from atomc.runtime.request import Output, SamplingParams
 from tests.support.fake_executor import FakeExecutor, FakeServing
 
