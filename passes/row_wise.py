@@ -27,10 +27,14 @@ from atomc.parallel.propagate import Placed, place_node, sizes_of
 atom, aten = torch.ops.atom, torch.ops.aten
 AXIS: Final = "half"
 ROWS: Final = Shard(0)
-# Between a rank's rows and what is sent: rows in order of their destination, and how many there are for each.
+# Between a rank's rows and what is sent: rows in order of their destination, how many there are for each, and the rows'
+# columns, which came rank by rank.
 EXCHANGE: Final = frozenset(
-    {atom.sort_by_rank.default, atom.host_sizes.default, atom.dispatch_rows.default, atom.combine_rows.default}
-)
+    {
+        atom.sort_by_rank.default, atom.host_sizes.default, atom.dispatch_rows.default, atom.combine_rows.default,
+        atom.join_columns.default,
+    }
+)  # fmt: skip
 # Where an argument may be a number of tokens: a size of the result, or of what is sent.
 SIZED: Final[Mapping[Any, tuple[int, ...]]] = {
     aten.reshape.default: (1,), aten.view.default: (1,), aten.expand.default: (1,), aten.full.default: (0,),

@@ -31,7 +31,7 @@ from atomc.targets import Format, Target
 # Operators that move rows and compute nothing: what surrounds a collective.
 MOVES: Final = frozenset(
     {"pack_message", "unpack_message", "drop_padding", "local_experts", "sort_by_rank", "dispatch_rows", "combine_rows",
-     "vocabulary_embedding", "host_sizes"}
+     "join_columns", "vocabulary_embedding", "host_sizes"}
 )  # fmt: skip
 PRODUCTS: Final = (
     ("moe_experts", "experts"), ("sparse_attention", "attention"), ("scaled_linear", "linear"),
