@@ -23,7 +23,7 @@ from atomc.codegen.assertions import faults_of, has_product
 from atomc.codegen.device import Recorder, Variant
 from atomc.targets import TARGETS, Target, get_target
 
-FAMILIES = sorted(p.stem for p in Path(__file__).parent.glob("*.py") if p.stem not in ("lane", "test_lanes"))
+FAMILIES = sorted(p.stem for p in Path(__file__).parent.glob("*.py") if not p.stem.startswith(("lane", "test_")))
 GPUS = [name for name, target in TARGETS.items() if target.is_gpu and name != "h200"]  # h200 is an h100 to a compiler
 EXCERPT = 4  # one variant in so many is compiled in `make test`, beside both ends of each kernel's table
 
