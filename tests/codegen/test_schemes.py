@@ -67,7 +67,7 @@ def test_every_step_has_a_kernel_on_every_target_and_kernels_compile(
             by_dialect[target.fp8] = fused(scheme, target)
         kernels: dict[str, Variant] = {}
         for compiled in by_dialect[target.fp8]:
-            plan, made = compiler.lower(compiled, serving(), target)
+            plan, made = compiler.lower(compiled, serving().bounds(), target)
             kernels |= made
             check(plan, target, f"{scheme} for {target.name}")
         for name in sorted(kernels):
