@@ -16,6 +16,7 @@ import torch
 
 from atomc.artifact.buffers import aligned, slot_bytes
 from atomc.artifact.check import check_program
+from atomc.artifact.order import STREAMS
 from atomc.artifact.plan import CallPlan, RegionPlan
 from atomc.artifact.store import ArtifactError
 from atomc.models.deepseek_v4.config import load_config
@@ -125,7 +126,7 @@ def test_streams_change_nothing_where_steps_run_in_order(artifact: Path) -> None
     program = msgspec.structs.replace(loaded.program, arena_bytes=max(r.arena_bytes for r in regions.values()))
     check_program("launched", loaded.manifest, program, regions, loaded.weights)
     csa = regions["layer_csa_topk"].steps
-    assert {step.stream for step in csa} == {0, 1, 2} and any(step.waits for step in csa)
+    assert {step.stream for step in csa} == set(range(STREAMS)) and any(step.waits for step in csa)
     ids, found = torch.arange(40), []
     for artifact_ in (loaded, dataclasses.replace(loaded, program=program, regions=regions)):
         executor = Executor(artifact_, PoolSizes(PAGES, BLOCKS, 4))
