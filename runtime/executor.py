@@ -191,11 +191,7 @@ class Executor:
         self.num_blocks, self.num_window_pages, self.num_slots = pools.blocks, pools.window_pages, pools.slots
         self.bounds = artifact.program.symbols
         program = artifact.program
-        self.gpu = (
-            None
-            if artifact.manifest.arch == ""
-            else Gpu(artifact.folder, program.arena_bytes, torch.cuda.current_device())
-        )
+        self.gpu = None if artifact.manifest.arch == "" else Gpu(artifact.folder, program.arena_bytes)
         self.device = torch.device("cpu") if self.gpu is None else self.gpu.device
         weights, memory = artifact.weights, None
         if self.gpu is not None:

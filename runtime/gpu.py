@@ -36,7 +36,8 @@ LOG: Final = logging.getLogger(__name__)
 class Gpu:
     """A device with an artifact's kernels loaded, and the arena that its regions share."""
 
-    def __init__(self, folder: Path, arena_bytes: int, device: int = 0) -> None:
+    def __init__(self, folder: Path, arena_bytes: int, device: int | None = None) -> None:
+        device = torch.cuda.current_device() if device is None else device
         self.index, self.device = device, torch.device("cuda", device)
         self.arena = torch.empty(max(arena_bytes, 1), dtype=torch.uint8, device=self.device)
         self._missing: dict[str, str] = {}
