@@ -9,7 +9,10 @@ accumulators' tensor memory (256 KiB an SM) is the kernel compiler's affair and 
 measured on an H100, assumed; nothing was measured on this device.
 """
 
-from atomc.targets.target import KIB, Link, Peaks, Product, Residency, Sustained, Target, TritonBackend
+from dataclasses import replace
+
+from atomc.targets.h100 import TARGET as H100
+from atomc.targets.target import KIB, Link, Peaks, Product, Residency, Target, TritonBackend
 
 TARGET = Target(
     name="b200",
@@ -38,10 +41,8 @@ TARGET = Target(
         workgroups=32,
         barriers=32,
     ),
-    sustained=Sustained(
-        memory=0.89,
-        matrix=(0.77, 0.62),
-        launch=4.0e-6,
+    sustained=replace(
+        H100.sustained,
         origin="assumed",
         products=(
             Product("experts", 0.54, "reported", "DeepGEMM MegaMoE, V4-Pro on eight ranks: 2,438 TFLOP/s at 32,768"),

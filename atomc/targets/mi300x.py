@@ -11,7 +11,10 @@ xGMI Performance on AMD Instinct MI300X", 2025-03-02); 15 microseconds for the l
 shares measured on an H100, assumed; nothing was measured on this device.
 """
 
-from atomc.targets.target import GIB, KIB, Link, Peaks, Residency, Sustained, Target, TritonBackend
+from dataclasses import replace
+
+from atomc.targets.h100 import TARGET as H100
+from atomc.targets.target import GIB, KIB, Link, Peaks, Residency, Target, TritonBackend
 
 TARGET = Target(
     name="mi300x",
@@ -40,5 +43,5 @@ TARGET = Target(
         workgroups=32,
         barriers=16,
     ),
-    sustained=Sustained(memory=0.89, matrix=(0.77, 0.62), launch=4.0e-6, origin="assumed"),
+    sustained=replace(H100.sustained, origin="assumed", products=()),
 )

@@ -11,6 +11,9 @@ least collective, assumed. Sustained: the shares measured on an H100, assumed; n
 device.
 """
 
+from dataclasses import replace
+
+from atomc.targets.h100 import TARGET as H100
 from atomc.targets.target import (
     GIB,
     KIB,
@@ -18,7 +21,6 @@ from atomc.targets.target import (
     Peaks,
     Product,
     Residency,
-    Sustained,
     Target,
     TritonBackend,
 )
@@ -50,10 +52,8 @@ TARGET = Target(
         workgroups=32,
         barriers=16,
     ),
-    sustained=Sustained(
-        memory=0.89,
-        matrix=(0.77, 0.62),
-        launch=4.0e-6,
+    sustained=replace(
+        H100.sustained,
         origin="assumed",
         products=(
             Product(

@@ -17,6 +17,9 @@ import numpy as np
 import torch
 
 from atomc.ops.batch import Batch
+from atomc.runtime.detokenize import Vocabulary
+from atomc.runtime.engine import Engine
+from atomc.runtime.request import SamplingParams
 
 MASK = 2**64 - 1
 
@@ -210,3 +213,13 @@ class FakeExecutor:
         block = int(batch.block_table[row, logical])
         assert block != 0, f"window {window} (ratio {ratio}) of row {row} has no block"
         return ratio, block, offset
+
+
+def alone(vocabulary: Vocabulary, tokens: list[int], params: SamplingParams) -> list[int]:
+    """What one rank with no other request answers."""
+    engine = Engine(FakeExecutor(FakeServing()), vocabulary=vocabulary)
+    engine.add_request(tokens, params)
+    found: list[int] = []
+    while engine.has_work:
+        found += [token for output in engine.step() for token in output.token_ids]
+    return found

@@ -18,7 +18,6 @@ import pytest
 from atomc.artifact.store import read_manifest
 from atomc.parallel.layout import parse_layout
 from atomc.runtime.detokenize import Vocabulary
-from atomc.runtime.engine import Engine
 from atomc.runtime.errors import RankError
 from atomc.runtime.options import RunOptions
 from atomc.runtime.protocols import Serving
@@ -28,7 +27,7 @@ from atomc.runtime.ranks.lines import Lines
 from atomc.runtime.ranks.processes import KEY, environment_of
 from atomc.runtime.ranks.serve import bounds_of
 from atomc.runtime.request import SamplingParams
-from tests.support.fake_executor import FakeExecutor, FakeServing
+from tests.support.fake_executor import FakeServing, alone
 from tests.support.rank_process import Act
 
 pytestmark = pytest.mark.slow
@@ -101,22 +100,13 @@ def fakes(tokenizer_path: Path, tmp_path: Path) -> Iterator[Callable[..., Fakes]
             rank.communicate()
 
 
-def alone(vocabulary: Vocabulary, tokens: list[int]) -> list[int]:
-    engine = Engine(FakeExecutor(FakeServing()), vocabulary=vocabulary)
-    engine.add_request(tokens, PARAMS)
-    found: list[int] = []
-    while engine.has_work:
-        found += [token for output in engine.step() for token in output.token_ids]
-    return found
-
-
 @pytest.mark.parametrize("parallel", ["dp=2", "dp=3", "tp=2", "dp=2,tp=2"])
 def test_answers_are_those_of_one_rank(fakes: Callable[..., Fakes], vocabulary: Vocabulary, parallel: str) -> None:
     """The executor itself proves that all ranks run the same steps, and a tp group the same batches."""
     run = fakes(parallel)
     found, errors = run.run()
     assert not errors
-    assert found == [alone(vocabulary, prompt) for prompt in PROMPTS]
+    assert found == [alone(vocabulary, prompt, PARAMS) for prompt in PROMPTS]
     assert run.end() == [""] * run.layout.ranks
     assert [rank.returncode for rank in run.ranks] == [0] * run.layout.ranks
 

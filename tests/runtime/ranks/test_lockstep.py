@@ -23,7 +23,7 @@ from atomc.runtime.ranks.lockstep import Lockstep
 from atomc.runtime.ranks.watchdog import Watchdog
 from atomc.runtime.ranks.wire import Add, Channel, Done, Outputs, Stop, decode_for_front, encode
 from atomc.runtime.request import SamplingParams
-from tests.support.fake_executor import FakeExecutor, FakeServing
+from tests.support.fake_executor import FakeExecutor, FakeServing, alone
 
 PARAMS = SamplingParams(temperature=0.8, seed=11, ignore_eos=True, max_tokens=12)
 
@@ -154,15 +154,6 @@ def run_of(
     yield Run(executors, vocabulary)
 
 
-def alone(vocabulary: Vocabulary, tokens: list[int]) -> list[int]:
-    engine = Engine(FakeExecutor(FakeServing()), vocabulary=vocabulary)
-    engine.add_request(tokens, PARAMS)
-    found: list[int] = []
-    while engine.has_work:
-        found += [token for output in engine.step() for token in output.token_ids]
-    return found
-
-
 @pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize("kind", [FakeExecutor, ShardedFake])
 def test_uneven_loads_give_the_answers_of_one_rank(vocabulary: Vocabulary, size: int, kind: type[FakeExecutor]) -> None:
@@ -174,7 +165,7 @@ def test_uneven_loads_give_the_answers_of_one_rank(vocabulary: Vocabulary, size:
         run.start()
         for rank in range(size):
             found = run.tokens(rank, rank)
-            assert found == {f"{rank}-{each}": alone(vocabulary, prompts[rank, each]) for each in range(rank)}
+            assert found == {f"{rank}-{each}": alone(vocabulary, prompts[rank, each], PARAMS) for each in range(rank)}
         run.stop()
         assert run.ends == [None] * size
         for pipe in run.pipes:
