@@ -18,7 +18,7 @@ import msgspec
 from torch.fx import GraphModule
 
 from atomc.artifact.agreement import Proven, prove_layout
-from atomc.artifact.plan import AGREED, COUNTED, INDEX, CallPlan, ProgramPlan, RegionPlan
+from atomc.artifact.plan import CallPlan, ProgramPlan, RegionPlan
 from atomc.artifact.ranks import FormPlan, Kind, RanksPlan, cuts_of
 from atomc.codegen.device import Variant as Kernel
 from atomc.codegen.memory import program_values_bytes
@@ -29,6 +29,7 @@ from atomc.models.deepseek_v4.config import DeepseekV4Config
 from atomc.models.deepseek_v4.sharding import placement_of, promised_cuts
 from atomc.ops.placement import Placement, Shard
 from atomc.parallel.layout import Layout, LayoutError, ModelSizes, parse_layout
+from atomc.parallel.sizes import AGREED, COUNTED, INDEX
 from atomc.passes import pipelines
 from atomc.passes.runner import run_pipeline
 from atomc.passes.scheme import Rule, Scheme
@@ -232,19 +233,25 @@ class Cutting:
         """Every region for one variant of a layout, by the name that one rank's has."""
         found: dict[str, CutRegion] = {}
         for at, one in enumerate(self.compiled, start=1):
-            assert one.uncut is not None
             name = one.region.name + variant.suffix
             self.progress(f"cut {name}", at, len(self.compiled))
-            gm, ctx = copy.deepcopy(one.uncut[0]), copy_context(one.uncut[1])
-            ctx.expected[ShardGraph.name] = promised_cuts(one.region.name, variant.layout.tp > 1)
-            dump = self.dump_ir / name if self.dump_ir is not None else None
-            tail = (variant.shard_pass(), *pipelines.emission(self.target))
-            rows = run_pipeline(tail, gm, ctx, dump, after=pipelines.finding(target=self.target))
-            ours = Compiled(replace(one.region, name=name, gm=gm), ctx, rows)
+            ours = cut_region(one, variant, self.target, self.dump_ir)
             plan, kernels = lower(ours, variant.bounds(self.whole.symbols), self.target)
             self.kernels |= kernels
             if missing := missing_kernels(plan, self.target):
                 raise refuse(missing, self.target)
-            self.graphs[name] = gm
-            found[one.region.name] = CutRegion(plan, placements_of(ctx.module_paths, ctx.placements))
+            self.graphs[name] = ours.region.gm
+            placements = placements_of(ours.ctx.module_paths, ours.ctx.placements)
+            found[one.region.name] = CutRegion(plan, placements)
         return found
+
+
+def cut_region(one: Compiled, variant: Variant, target: Target, dump_ir: Path | None = None) -> Compiled:
+    """A region of one rank (`one.uncut`) after the passes that cut it for the ranks of a variant."""
+    assert one.uncut is not None
+    name, gm, ctx = one.region.name + variant.suffix, copy.deepcopy(one.uncut[0]), copy_context(one.uncut[1])
+    ctx.expected[ShardGraph.name] = promised_cuts(one.region.name, variant.layout.tp > 1)
+    dump = dump_ir / name if dump_ir is not None else None
+    tail = (variant.shard_pass(), *pipelines.emission(target))
+    rows = run_pipeline(tail, gm, ctx, dump, after=pipelines.finding(target=target))
+    return Compiled(replace(one.region, name=name, gm=gm), ctx, rows)

@@ -406,7 +406,10 @@ def summary(points: Sequence[Point]) -> dict[str, Any]:
             ["front end" if FRONT in p.targets else f"{len(p.targets)} of {p.nproc} ranks" for p in points]
         ),
         "stages": counts([point.stage or "not told" for point in points]),
-        "longest_client_seconds": max(p.client_seconds for p in points if FRONT not in p.targets),
+        "longest_client_seconds": {
+            lost: max([p.client_seconds for p in points if (FRONT in p.targets) == (lost == "front end")], default=0.0)
+            for lost in ("ranks", "front end")
+        },
         "longest_end_seconds": {how: max([p.end_seconds for p in points if p.signal == how], default=0.0)
                                 for how in ("SIGKILL", "SIGSTOP")},
     }  # fmt: skip

@@ -28,8 +28,6 @@ from torch.utils import _pytree as pytree
 from atomc.artifact.buffers import of_bucket
 from atomc.artifact.expr import ExpressionError, evaluate, names_in, parse
 from atomc.artifact.plan import (
-    AGREED,
-    COUNTED,
     PROBES,
     Arg,
     Bucket,
@@ -49,6 +47,7 @@ from atomc.codegen.hosts import Host, host_of
 from atomc.codegen.launches import Call, Place, SizeOf, argument, differs, kernel_key, place, record
 from atomc.codegen.liveness import Value, finish
 from atomc.errors import AtomcError
+from atomc.parallel.sizes import AGREED, COUNTED
 from atomc.targets import Target
 
 # Sizes of the trial run: distinct primes, so that no two dims agree by accident.

@@ -32,7 +32,6 @@ LAUNCH: Final = 4000  # ns of a kernel that does little: it starts, it waits for
 CROSSING: Final = 2000  # ns that an edge between streams costs over one within a stream
 BYTES: Final = 2000  # of weights read in one ns, by a kernel that does not fill the device
 ROUTED: Final = 8  # experts of a stack that a token is given to, about
-SLOW: Final = {"compressor_pool_norm_rope_insert": 10000}  # ns of a launch that waits for memory many times
 
 
 class Stored(Protocol):
@@ -70,8 +69,7 @@ def cost(step: Step, slots: Sequence[Stored]) -> int:
     """What a step is taken to last at one token, ns."""
     weights = [slots[s] for s in set(slots_of(step)) if slots[s].role in ("weight", "prepared")]
     products = [w for w in weights if len(w.shape) > 1] if "pointwise" not in step.op else []  # it reads rows
-    launch = SLOW.get(step.op.split(".")[1], LAUNCH)
-    return launch * len(step.buckets[0].launches) + sum(_bytes(w) for w in products) // BYTES
+    return LAUNCH * len(step.buckets[0].launches) + sum(_bytes(w) for w in products) // BYTES
 
 
 def _bytes(weight: Stored) -> int:

@@ -28,10 +28,10 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
 from atomc.parallel.collectives import WAIT, is_collective
+from atomc.parallel.sizes import AGREED
 from atomc.passes.graph import calls, copy_provenance, quiet, resources_written, value_of
 from atomc.passes.row_wise import twin_symbol
 from atomc.passes.runner import Chunked, Context
-from atomc.passes.shard import AGREED
 
 
 @dataclass(frozen=True)

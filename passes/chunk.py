@@ -32,10 +32,10 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
 from atomc.ops.placement import PlacementError
+from atomc.parallel.sizes import AGREED
 from atomc.passes.graph import PassError, calls, location, op_name, quiet, resources_written, value_of
 from atomc.passes.row_wise import RowWise, free_symbols, twin_symbol
 from atomc.passes.runner import Chunked, Context, Match, Pass, Report
-from atomc.passes.shard import AGREED
 
 HALVES: Final = ("_0", "_1")
 

@@ -12,7 +12,6 @@ from atomc.passes.pointwise import Pointwise
 from atomc.passes.quantize import Quantize
 from atomc.passes.runner import Pass
 from atomc.passes.scheme import SCHEMES, Scheme
-from atomc.passes.shard import ShardGraph
 from atomc.passes.wide_linears import WideLinears
 from atomc.targets import Target, get_target
 
@@ -45,15 +44,13 @@ def compilation(
     target: Target | None = None,
     rows: Mapping[str, str] | None = None,
     index_query: str = "",
-    shard: ShardGraph | None = None,
 ) -> tuple[Pass, ...]:
     """The pipeline of every compile: find the operators, merge linears, quantise, fuse operators with their neighbours.
 
     Args:
-        rows, index_query: see `Quantize`. shard: how the model lies on many ranks.
+        rows, index_query: see `Quantize`.
     """
-    cut = () if shard is None else (shard,)
-    return (*finding(scheme, target, rows, index_query), *cut, *emission(target))
+    return (*finding(scheme, target, rows, index_query), *emission(target))
 
 
 def finding(

@@ -39,6 +39,7 @@ from atomc.ops import placement_exchange as _rules
 from atomc.ops.placement import PARTIAL, REPLICATE, Mesh, Placement, PlacementError, Shard
 from atomc.parallel.collectives import WAIT, c10d
 from atomc.parallel.propagate import Placed, place_node, sizes_of
+from atomc.parallel.sizes import AGREED, INDEX
 from atomc.passes.fuse import Emitter
 from atomc.passes.graph import PassError, aten, location, quiet, value_of
 from atomc.passes.runner import Context, Match, Pass, Report
@@ -48,8 +49,6 @@ Hint = Callable[[str, str, str], Placement]
 Form = Literal["gather", "route"]
 F32 = torch.float32
 EXPERTS: dict[Any, tuple[int, int]] = {getattr(atom, name).default: count for name, count in _rules.EXPERTS.items()}
-AGREED = "P"  # rows of a message, at least every rank's tokens
-INDEX = {"dp": "dp_index", "tp": "tp_index"}  # a rank's index on each axis
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Options of a served run: one table, read by `atomc serve` and by `python -m atomc.runtime`, and handed to its ranks.
+"""Options of a served run: read by `python -m atomc.runtime`, handed to ranks; `atomc serve` takes its words from here.
 
 Nothing heavy is imported here: a command line is parsed before anything is loaded.
 """

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from atomc.artifact.plan import AGREED, INDEX
 from atomc.artifact.ranks import KINDS, Kind
 from atomc.ops import Batch
+from atomc.parallel.sizes import AGREED, INDEX
 from atomc.runtime.collectives import Groups
 from atomc.runtime.errors import BatchError, ServingError
 from atomc.runtime.executor import Between, BoundCall, Executor, PoolSizes, Watch, allocate, memory_told

@@ -18,9 +18,10 @@ from typing import Final, Literal
 
 from atomc.artifact.check_ranks import Collective, CollectivesError, check_ranks
 from atomc.artifact.expr import evaluate
-from atomc.artifact.plan import AGREED, INDEX, SYMBOLS, ProgramPlan, RegionPlan
+from atomc.artifact.plan import SYMBOLS, ProgramPlan, RegionPlan
 from atomc.artifact.ranks import KINDS, RanksPlan
 from atomc.ops.placement import Mesh
+from atomc.parallel.sizes import AGREED, INDEX
 
 Load = Literal["real", "dummy", "empty"]
 Phase = Literal["prefill", "decode", "mixed"]

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from atomc.artifact.expr import evaluate
-from atomc.artifact.plan import AGREED, ALIGNMENT, COUNTED, DTYPE_BYTES, CallPlan, RegionPlan, SlotInfo
+from atomc.artifact.plan import ALIGNMENT, DTYPE_BYTES, CallPlan, RegionPlan, SlotInfo
+from atomc.parallel.sizes import AGREED, COUNTED
 
 
 @dataclass(frozen=True)

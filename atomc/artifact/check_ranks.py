@@ -21,7 +21,7 @@ import torch
 
 from atomc.artifact.check_region import COLLECTIVE, operator_of
 from atomc.artifact.expr import evaluate, names_in
-from atomc.artifact.plan import AGREED, COUNTED, INDEX, PROBES, DType, RegionPlan, Size, Slot, Step
+from atomc.artifact.plan import PROBES, DType, RegionPlan, Size, Slot, Step
 from atomc.artifact.ranks import RanksPlan
 from atomc.errors import ProblemsError
 from atomc.ops.placement import REPLICATE, Call, Operand, Placement, PlacementError, Shard
@@ -29,6 +29,7 @@ from atomc.ops.placement import Size as Number
 from atomc.ops.placement_exchange import EXPERTS
 from atomc.ops.placement_rules import propagate
 from atomc.parallel.kinds import KINDS, WAIT, Kind, placed
+from atomc.parallel.sizes import AGREED, COUNTED, INDEX
 
 HOST_SIZES: Final = "atom.host_sizes.default"
 

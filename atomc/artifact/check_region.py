@@ -16,7 +16,6 @@ from atomc.artifact.names import Names
 from atomc.artifact.order import apart, check_streams, owners_of
 from atomc.artifact.plan import (
     ALIGNMENT,
-    COUNTED,
     DTYPE_BYTES,
     PROBES,
     Arg,
@@ -31,6 +30,7 @@ from atomc.artifact.plan import (
 )  # fmt: skip
 from atomc.artifact.store import ArtifactError
 from atomc.ops.library import CALLS
+from atomc.parallel.sizes import COUNTED
 
 COLLECTIVE: Final = "_c10d_functional"
 NAMESPACES: Final = ("aten", "atom", COLLECTIVE)

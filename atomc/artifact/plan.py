@@ -10,12 +10,10 @@ from typing import Final, Literal, TypeAlias
 
 import msgspec
 
+from atomc.parallel.sizes import AGREED, COUNTED, INDEX
+
 # T tokens, B requests, N4 / NH completed CSA / HCA windows, L wanted logits; sizes of the pools of state.
 SYMBOLS: Final = ("T", "B", "N4", "NH", "L", "window_pages", "blocks", "slots")
-# Of a plan for many ranks: rows of a message, on which the ranks agree; a rank's index on each axis.
-AGREED: Final = "P"
-INDEX: Final = {"dp": "dp_index", "tp": "tp_index"}
-COUNTED: Final = "X"  # X0, X1, ...: numbers of rows that only running tells
 
 
 class Probe(dict[str, int]):

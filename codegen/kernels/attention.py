@@ -29,11 +29,11 @@ from atomc.codegen.kernels.cache import (
     part_values,
     row_constants,
 )
+from atomc.codegen.kernels.common import ASM
 from atomc.codegen.kernels.quantize import empty_pair, quantize
 from atomc.formats import Layout
 
 LOG2E = 1.4426950408889634
-ASM = not triton.knobs.runtime.interpret  # assembly has no interpreter
 
 # -- in a kernel -------------------------------------------------------------------------------------------------------
 

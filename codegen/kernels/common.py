@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+ASM = not triton.knobs.runtime.interpret  # assembly has no interpreter
 TL = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from atomc.codegen.device import Device, cdiv, power_of_two
-from atomc.codegen.kernels.common import TL, e2m1_value, e8m0_byte
+from atomc.codegen.kernels.common import ASM, TL, e2m1_value, e8m0_byte
 from atomc.codegen.kernels.moe_config import Config, Part, choose, measured, problem_of
 from atomc.codegen.kernels.moe_product import (
     eights_product,
@@ -44,7 +44,6 @@ from atomc.codegen.kernels.swiglu import swiglu_of, threads
 from atomc.formats import MXFP4, Layout
 
 # Assembly has no interpreter.
-ASM = not triton.knobs.runtime.interpret
 
 # -- inside the kernels ------------------------------------------------------------------------------------------------
 

@@ -206,11 +206,6 @@ class Ranks:
         self._batches: Any = None
         self._groups: Groups | None = None
 
-    @property
-    def leads(self) -> bool:
-        """Whether it schedules: the others of its tp group run what it does."""
-        return self.rank % self.tp == 0
-
     def begin(self) -> None:
         """Begin to beat, and to be watched: before anything that takes time."""
         self.watchdog.start()

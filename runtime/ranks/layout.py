@@ -20,18 +20,23 @@ def layout_of(parallel: str | None) -> Layout | None:
     return None if layout is None or layout.ranks == 1 else layout
 
 
-def check_layout(artifact: Path, parallel: str | None, size: int) -> None:
-    """Whether `size` ranks can run this layout of the artifact.
+def check_layout(artifact: Path, parallel: str | None, size: int, target: str = "cpu") -> None:
+    """Whether `size` ranks can run this layout of the artifact, which is for `target`.
 
     Raises:
         LayoutError: the text is none. NoLayoutError: the artifact has it not. ServingError: it is for another number of
-            ranks.
+            ranks, or for a target that runs no layouts yet.
     """
     if parallel is None:
         return
     layout, plans = parse_layout(parallel), read_ranks(artifact)
     if layout.ranks > 1:
         find(plans, parallel, str(artifact))
+        if target != "cpu":
+            raise ServingError(
+                f"--parallel {layout}: {artifact} is for {target}, and ranks that share a model run on the cpu as yet. "
+                "Compile it with --target cpu, or start without --parallel."
+            )
     if layout.ranks != size:
         fitting = [each for each in ("dp=1", *(plan.layout for plan in plans)) if parse_layout(each).ranks == size]
         other = f"choose {' or '.join(fitting)}" if fitting else f"compile the model for a layout of {size}"

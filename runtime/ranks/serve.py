@@ -54,12 +54,12 @@ class RankedServer:
     ) -> None:
         self._server: Server | None = None
         self._ended = False
-        check_layout(artifact, options.parallel, size)
-        serving, layout = read_manifest(artifact).serving, layout_of(options.parallel)
+        manifest, layout = read_manifest(artifact), layout_of(options.parallel)
+        check_layout(artifact, options.parallel, size, manifest.target)
         tp = 1 if layout is None else layout.tp
         self.front = RankedFront(
-            serving, artifact / "tokenizer.json", size, stores, bounds_of(options), tp=tp, max_waiting=max_waiting,
-            on_end=self._end,
+            manifest.serving, artifact / "tokenizer.json", size, stores, bounds_of(options), tp=tp,
+            max_waiting=max_waiting, on_end=self._end,
         )  # fmt: skip
         self._lines = Lines(host, size, key)
         self._lines.open(stores)

@@ -104,14 +104,14 @@ class Watchdog:
         if self._end_process:
             faulthandler.cancel_dump_traceback_later()
 
-    def announce(self, step: int, stage: int, at: int = 0) -> None:
-        """Say where this member is; costs a microsecond. A place within a stage is told with the next beat."""
-        before, self._beat = self._beat, Beat(0, step, stage, at)
+    def announce(self, step: int, stage: int) -> None:
+        """Say where this member is; costs a microsecond."""
+        before, self._beat = self._beat, Beat(0, step, stage, 0)
         if before.progress[:2] != (step, stage):
             self._wake.set()
 
     def place(self, at: int) -> None:
-        """`announce` within the stage that stands."""
+        """Say at which collective of the stage; it is told with the next beat."""
         self._beat = Beat(0, self._beat.step, self._beat.stage, at)
 
     def check(self) -> None:

@@ -100,5 +100,7 @@ def test_a_quantised_model_too(layout: str, form: Form) -> None:
     A sum that differs in its last bit may round to the neighbouring code of the next layer, a 16th of a value away.
     """
     config, ours = bundled(layout, form)
+    layers = [gm for name, gm in ours.graphs.items() if name.startswith("layer")]
+    assert layers and all(any("_c10d_functional" in str(n.target) for n in gm.graph.nodes) for gm in layers)
     loads = [UNEVEN[i % 4] for i in range(ours.layout.dp)]
     assert compare(config, ours, bundled("dp=1")[1], loads) <= 1e-5

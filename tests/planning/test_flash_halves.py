@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 from atomc.capture import Region as Captured
 from atomc.compiler import check_scheme, fuse
 from atomc.parallel.layout import parse_layout
+from atomc.parallel.sizes import AGREED
 from atomc.passes import pipelines
 from atomc.passes.borders import Region, stitch
 from atomc.passes.chunk import Chunk
@@ -18,7 +19,6 @@ from atomc.passes.overlap import overlap
 from atomc.passes.row_wise import free_symbols
 from atomc.passes.runner import Context, run_pipeline
 from atomc.passes.schedule import ScheduleOverlap, task_graph
-from atomc.passes.shard import AGREED
 from atomc.planning.nodes import Load, NodeCosts
 from atomc.planning.step import Step, step_tasks
 from atomc.ranks import Variant

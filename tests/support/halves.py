@@ -17,12 +17,12 @@ from atomc.artifact.plan import SYMBOLS
 from atomc.capture import Call
 from atomc.ops import Batch
 from atomc.ops.batch import half_rows, middle, split_batch
+from atomc.parallel.sizes import AGREED
 from atomc.passes.borders import Region, stitch
 from atomc.passes.chunk import Chunk
 from atomc.passes.row_wise import free_symbols
 from atomc.passes.runner import Context
 from atomc.passes.schedule import ScheduleOverlap, node_seconds
-from atomc.passes.shard import AGREED
 from tests.support.eager import Caches
 from tests.support.micro_batches import STEP_SYMBOLS
 from tests.support.ranks import run_ranks

@@ -94,7 +94,7 @@ def rank_recipe(
 ) -> Recipe:
     """The recipe of a rank's part: the axes cut one after the other, the outer first."""
     for (axis, size), index in zip(mesh.axes, mesh.coordinate(rank), strict=True):
-        placed = placements.get(axis)  # none: whole on every rank
+        placed = placements[axis]
         if isinstance(placed, Shard):
             recipe = part_of(recipe, placed.dim, index, size, spec_of, placed.parts)
     return recipe

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -13,18 +13,19 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from atomc.capture import Program, capture
-from atomc.compiler import Options, Quantisation, check_limits, check_scheme, fuse, serving_facts, trace
+from atomc.compiler import Options, check_limits, check_scheme, fuse, serving_facts, trace
 from atomc.models.deepseek_v4.attention import AttentionState
 from atomc.models.deepseek_v4.config import DeepseekV4Config
 from atomc.models.deepseek_v4.model import DeepseekV4
-from atomc.models.deepseek_v4.sharding import placement_of
 from atomc.models.deepseek_v4.state import Paging
 from atomc.models.source import open_model
 from atomc.ops import Batch
 from atomc.parallel.layout import Layout, parse_layout
+from atomc.parallel.sizes import AGREED, INDEX
 from atomc.passes import pipelines
-from atomc.passes.runner import Context, Pass, run_pipeline
-from atomc.passes.shard import AGREED, INDEX, Form, ShardGraph
+from atomc.passes.runner import Context, run_pipeline
+from atomc.passes.shard import Form
+from atomc.ranks import Variant, cut_region
 from atomc.recipes import Load, Recipe, TensorSpec, evaluate, instantiate, output_spec
 from atomc.targets import get_target
 from tests.support.eager import randomise
@@ -95,8 +96,9 @@ class Compiled:
             def spec_of(r: Recipe, load: Callable[[str], Tensor] = load) -> TensorSpec:
                 return output_spec(r, lambda n: TensorSpec(tuple((p := load(n)).shape), p.dtype))
 
-            part = rank_recipe(known, ctx.placements.get(placeholder, {}), self.layout.mesh, rank, spec_of)
-            found[placeholder] = evaluate(part, load)
+            if self.layout.ranks > 1:
+                known = rank_recipe(known, ctx.placements[placeholder], self.layout.mesh, rank, spec_of)
+            found[placeholder] = evaluate(known, load)
         return found
 
     def sizes(self, ctx: Context, rows: int, rank: int) -> dict[str, int]:
@@ -133,13 +135,13 @@ class Compiled:
 @cache
 def compiled(layout: str, form: Form = "gather", hot: bool = False) -> Compiled:
     known = parse_layout(layout)
-    shard = ShardGraph(known.mesh, known.moe, placement_of, form) if known.ranks > 1 else None
+    cut = (Variant(known, form).shard_pass(),) if known.ranks > 1 else ()
     graphs, contexts = {}, {}
     for region in captured().regions:
         gm = copy.deepcopy(region.gm)
         paths = {i.placeholder: i.name for i in region.inputs if i.role == "weight"}
         ctx = Context(region.name, {}, {p: Load(path) for p, path in paths.items()}, paths)
-        run_pipeline(pipelines.compilation(shard=shard), gm, ctx)
+        run_pipeline((*pipelines.finding(), *cut, *pipelines.emission()), gm, ctx)
         graphs[region.name], contexts[region.name] = gm, ctx
     return Compiled(known, captured(), graphs, contexts, of_model(hot))
 
@@ -147,12 +149,15 @@ def compiled(layout: str, form: Form = "gather", hot: bool = False) -> Compiled:
 @cache
 def bundled(layout: str, form: Form = "gather", target: str = "cpu") -> tuple[DeepseekV4Config, Compiled]:
     """The bundled model with its weights as they are stored, quantised, its caches in float32."""
-    source, known = open_model("deepseek-v4-nano", with_weights=True), parse_layout(layout)
-    options = Options(rows="compute", index_rows="compute", parallel=layout)
-    limits = check_limits(options, source.config)
-    quantisation = _Formed(**vars(check_scheme(options, source.config, get_target(target))), form=form)
-    program = trace(source.config, serving_facts(source, limits), options, lambda *_: None)
-    done = [fuse(source, program, region, quantisation, options, lambda *_: None) for region in program.regions]
+    source, known, there = open_model("deepseek-v4-nano", with_weights=True), parse_layout(layout), get_target(target)
+    options = Options(rows="compute", index_rows="compute")
+    quantisation = check_scheme(options, source.config, there)
+    serving = serving_facts(source, check_limits(options, source.config))
+    program = trace(source.config, serving, options, lambda *_: None)
+    done = [fuse(source, program, r, quantisation, options, lambda *_: None, keep=True) for r in program.regions]
+    names = [one.region.name for one in done]
+    if known.ranks > 1:
+        done = [cut_region(one, Variant(known, form), there) for one in done]
     reader = source.reader
     assert reader is not None
 
@@ -160,19 +165,9 @@ def bundled(layout: str, form: Form = "gather", target: str = "cpu") -> tuple[De
         del region
         return instantiate(recipe, prefix), reader.load
 
-    graphs, contexts = {c.region.name: c.region.gm for c in done}, {c.region.name: c.ctx for c in done}
+    graphs = {name: one.region.gm for name, one in zip(names, done, strict=True)}
+    contexts = {name: one.ctx for name, one in zip(names, done, strict=True)}
     return source.config, Compiled(known, program, graphs, contexts, weights)
-
-
-@dataclass(frozen=True)
-class _Formed(Quantisation):
-    """A compile that may route tokens to experts."""
-
-    form: Form = "gather"
-
-    def pipeline(self) -> tuple[Pass, ...]:
-        steps = super().pipeline()
-        return tuple(replace(s, form=self.form) if isinstance(s, ShardGraph) else s for s in steps)
 
 
 LAYOUTS: list[tuple[str, Form]] = [

@@ -54,3 +54,10 @@ def test_another_number_of_ranks_is_refused(artifact: Path) -> None:
         check_layout(artifact, "dp=4", 3)
     with pytest.raises(ServingError, match="dp=1 is for 1 rank, and 2 are started"):
         check_layout(artifact, "dp=1", 2)
+
+
+def test_a_target_that_runs_no_layouts_is_refused(artifact: Path) -> None:
+    check_layout(artifact, None, 2, "h100")
+    check_layout(artifact, "dp=1", 1, "h100")
+    with pytest.raises(ServingError, match=r"--parallel tp=2.* is for h100, .*on the cpu as yet.*--target cpu"):
+        check_layout(artifact, "tp=2", 2, "h100")
