@@ -37,8 +37,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from timing import captured
 
-from atomc.parallel.tasks import Issue, Schedule, Stream, Task, TaskGraph, simulate
+from atomc.parallel.tasks import Schedule, Stream, Task, TaskGraph, simulate
 from atomc.passes.overlap import overlap
 from atomc.targets import Target, get_target
 
@@ -261,7 +262,7 @@ def chained(tokens: int, ranks: int, layers: int, w: dict[str, torch.Tensor]) ->
         }
         spent[name] = computes | sends
     whole_plan, plan = overlap(chain(layers, 1, spent["whole"])), overlap(chain(layers, 2, spent["half"]))
-    waiting = simulate(plan.graph, [issue for task in plan.graph.tasks for issue in _blocking(task)])
+    waiting = simulate(plan.graph, plan.graph.in_order())
     found: dict[str, Any] = {
         "predicted_off": whole_plan.seconds, "predicted_on": plan.seconds,
         "predicted_speedup": whole_plan.seconds / plan.seconds, "predicted_hidden": plan.hidden / plan.communication,
@@ -280,26 +281,6 @@ def with_contention(spent: dict[str, dict[str, float]], layers: int, target: Tar
     off = simulate(chain(layers, 1, spent["whole"], target), whole.issues).seconds
     on = simulate(chain(layers, 2, spent["half"], target), plan.issues).seconds
     return {"off": off, "on": on, "speedup": off / on}
-
-
-def _blocking(task: Task) -> list[Issue]:
-    if task.stream == "compute":
-        return [Issue("run", task.name)]
-    return [Issue("start", task.name), Issue("wait", task.name)]
-
-
-def captured(run: Callable[[], None]) -> float:
-    """Seconds of the chain replayed from one CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        run()
-    return seconds(graph.replay)
 
 
 # -- processes ---------------------------------------------------------------------------------------------------------
@@ -342,7 +323,9 @@ def measure(rank: int, ranks: int, args: argparse.Namespace, folder: str) -> Non
         note(f"{tokens} tokens, share of speed kept: " + _text(mine["contention"]))
         note(f"{tokens} tokens, predicted with the target's: " + _text(mine["predicted_with_contention"]))
     for tokens, run in runs.items():  # last: what a library cannot capture may end the process
-        found["tokens"][str(tokens)]["captured_on"] = captured(run)
+        found["tokens"][str(tokens)]["captured_on"] = seconds(
+            captured(run, "thread_local").replay
+        )  # NCCL's own thread calls the driver
         note(f"{tokens} tokens, captured in one graph: {found['tokens'][str(tokens)]['captured_on'] * 1e3:.3f} ms")
     note("done")
     dist.destroy_process_group()

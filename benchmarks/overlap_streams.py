@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from timing import captured
 
 from atomc.models.bundled import bundled_config
 from atomc.parallel.layout import parse_layout
@@ -87,12 +88,6 @@ def as_played(graph: TaskGraph, played: dict[str, Played]) -> TaskGraph:
     return replace(graph, tasks=tasks)
 
 
-def in_order(graph: TaskGraph) -> list[Issue]:
-    """Every collective waited for at once."""
-    actions = {"compute": ("run",), "collective": ("start", "wait")}
-    return [Issue(action, t.name) for t in graph.tasks for action in actions[t.stream]]  # type: ignore[arg-type]
-
-
 # -- on the device -----------------------------------------------------------------------------------------------------
 
 
@@ -135,19 +130,6 @@ class Player:
             here.wait_stream(self.other)
 
         return captured(run)
-
-
-def captured(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    """A graph of what `run` issues, after it ran once."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph
 
 
 def replayed(graphs: Sequence[torch.cuda.CUDAGraph], repeat: int = 9, warm: int = 2) -> list[float]:
@@ -237,7 +219,7 @@ def measure(player: Player, plan: Schedule) -> dict[str, Any]:
     predicted = simulate(as_played(plan.graph, played), plan.issues)
     graphs = [
         player.graph(plan.issues, played), player.graph(plan.issues, played, sends=False),
-        player.graph(plan.issues, played, computes=False), player.graph(in_order(plan.graph), played),
+        player.graph(plan.issues, played, computes=False), player.graph(plan.graph.in_order(), played),
     ]  # fmt: skip
     scheduled, compute, collectives, waited = replayed(graphs)
     hidden, expected = 1 - (scheduled - compute) / collectives, predicted.hidden / predicted.communication

@@ -18,6 +18,7 @@ import torch._inductor.decomposition  # before `unwaiting`: it looks through eve
 from grouped import grouped_linear
 from stack_timing import Row, attempt, why
 from stack_transformers import randomise
+from timing import captured
 from torch import Tensor
 
 from atomc.models.deepseek_v4.attention import AttentionState
@@ -182,12 +183,4 @@ def compiled(model: DeepseekV4, batch: Batch, states: list[AttentionState], devi
     model(batch, states)
     if device != "cuda":
         return lambda: model(batch, states)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        model(batch, states)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        model(batch, states)
-    return graph.replay
+    return captured(lambda: model(batch, states)).replay

@@ -20,19 +20,30 @@ def copies(size: float) -> int:
     return max(2, min(24, int(ROTATED // max(size, 1)) + 1))
 
 
+def captured(run: Call, errors: str = "global") -> torch.cuda.CUDAGraph:
+    """A graph of what `run` issues, after it ran once on another stream; `errors`: torch's `capture_error_mode`."""
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, capture_error_mode=errors):
+        run()
+    return graph
+
+
 def replayed(calls: list[Call], repeats: int = 7) -> float:
     """Median seconds of one call, of graph replays of all calls one after the other."""
     for call in calls[:2]:
         call()
     torch.cuda.synchronize()
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    with torch.cuda.stream(stream):
+
+    def run() -> None:
         for call in calls:
             call()
-    torch.cuda.synchronize()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
+
+    graph = captured(run)
     times = [_event_seconds(graph.replay) / len(calls) for _ in range(repeats + 2)]
     return statistics.median(times[2:])
 

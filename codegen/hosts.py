@@ -7,6 +7,8 @@ from importlib import import_module
 from typing import Any, Final
 
 from atomc.codegen.aot import KernelError
+from atomc.ops.exchange import EXCHANGES
+from atomc.parallel.kinds import NAMESPACE
 from atomc.targets import Target
 
 Host = Callable[..., Any]
@@ -63,16 +65,9 @@ PREPARES: Final = frozenset({"aten.contiguous.default", "aten.reshape.default", 
 
 
 # What torch does on a GPU between ranks: collectives, and what packs and sorts what they send, which has no kernel yet.
-EXCHANGES: Final = frozenset(
-    f"atom.{op}.default"
-    for op in (
-        "combine_rows", "dispatch_rows", "drop_padding", "host_sizes", "join_columns", "local_experts", "pack_message",
-        "sort_by_rank", "unpack_message", "vocabulary_embedding",
-    )
-)  # fmt: skip
-COLLECTIVES: Final = "_c10d_functional."
+BETWEEN_RANKS: Final = frozenset(f"atom.{op}.default" for op in EXCHANGES)
 
 
 def has_kernel(op: str, target: Target) -> bool:
     """Whether a GPU target runs an operator, named as in a plan's step: a kernel of ours, or torch between ranks."""
-    return target.is_gpu and (op in HOSTS or op in EXCHANGES or op.startswith(COLLECTIVES))
+    return target.is_gpu and (op in HOSTS or op in BETWEEN_RANKS or op.startswith(f"{NAMESPACE}."))

@@ -12,7 +12,7 @@ import heapq
 import logging
 import operator
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 
 from atomc.errors import AtomcError
+from atomc.parallel.kinds import NAMESPACE as COLLECTIVES
 
 aten = torch.ops.aten
 FAKE_LOG = logging.getLogger("torch._subclasses.fake_tensor")
@@ -114,7 +115,7 @@ def is_pure(node: Node) -> bool:
 def resources_written(node: Node) -> set[object]:
     """The storages a call mutates, and "state" for whatever else it changes (random generator, grad mode)."""
     written: set[object] = {storage_of(n) for n in mutated_args(node)}
-    if getattr(node.target, "namespace", "") == "_c10d_functional":
+    if getattr(node.target, "namespace", "") == COLLECTIVES:
         return written  # torch calls a collective impure, but one graph is every rank's: its order is theirs
     seeded = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
     if node.op == "call_function" and (seeded or not (written or is_pure(node))):
@@ -179,6 +180,28 @@ def quiet(values: Iterable[Any]) -> Iterator[None]:
             yield
     finally:
         FAKE_LOG.setLevel(level)
+
+
+def size_of(size: Any, values: Mapping[str, int]) -> int:
+    """A size as a number; `values`: symbol -> its value.
+
+    Raises:
+        PassError: a symbol has no value.
+    """
+    if not isinstance(size, torch.SymInt):
+        return int(size)
+    expr = size.node.expr
+    if unknown := sorted(str(s) for s in expr.free_symbols if str(s) not in values):
+        raise PassError(f"a size of {unknown[0]}, which has no value")
+    return int(expr.xreplace({s: values[str(s)] for s in expr.free_symbols}))
+
+
+def bytes_of(value: torch.Tensor, values: Mapping[str, int]) -> int:
+    """Bytes of a fake tensor; raises as `size_of`."""
+    total = value.element_size()
+    for size in value.shape:
+        total *= size_of(size, values)
+    return total
 
 
 def order_edges(graph: Graph) -> dict[Node, set[Node]]:

@@ -72,7 +72,7 @@ def overlap(graph: TaskGraph, limit: int | None = None, *, require: bool = False
     problem = _Problem(graph)
     found = list(_candidates(problem, limit))
     if not found:
-        peak = simulate(graph, problem.in_order).peak
+        peak = simulate(graph, graph.in_order(problem.order)).peak
         raise OverlapError(f"the tasks take {peak:,} bytes in the order given, and no order found takes {limit:,}.")
     best = min(found, key=problem.cost)
     free = best if limit is None else min(_candidates(problem, None), key=problem.cost)
@@ -121,13 +121,6 @@ class _Problem:
             return schedule.seconds - schedule.throttled, schedule.peak
         return max(schedule.computed, schedule.seconds - schedule.throttled - self.left_open), schedule.peak
 
-    @property
-    def in_order(self) -> list[Issue]:
-        """The order given, each collective waited for at once."""
-        actions: dict[Stream, tuple[Action, ...]] = {"compute": ("run",), "collective": ("start", "wait")}
-        every = (Issue(action, name) for name in self.order for action in actions[self.tasks[name].stream])
-        return [issue for issue in every if issue.action != "wait" or issue.task not in self.graph.open]
-
     def related(self, name: str) -> set[str]:
         """Tasks that must precede or follow one, and itself."""
         return {name, *nx.ancestors(self.dag, name), *nx.descendants(self.dag, name)}
@@ -152,7 +145,7 @@ def _candidates(problem: _Problem, limit: int | None) -> Iterator[Schedule]:
                 return
     slowing = any(task.beside < 1 for task in problem.graph.tasks)
     if slowing or limit is not None:
-        blocking = simulate(problem.graph, problem.in_order)
+        blocking = simulate(problem.graph, problem.graph.in_order(problem.order))
         if limit is None or blocking.peak <= limit:
             yield blocking
 

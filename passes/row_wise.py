@@ -19,28 +19,22 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils import _pytree as pytree
 
+from atomc.ops.exchange import BY_DESTINATION
 from atomc.ops.placement import REPLICATE, Placement, PlacementError, Shard
 from atomc.ops.pointwise import CREATIONS, Line, Name, parse
-from atomc.parallel.collectives import KINDS, WAIT
+from atomc.parallel.collectives import KINDS, WAIT, c10d
 from atomc.parallel.propagate import Placed, place_node, sizes_of
 
 atom, aten = torch.ops.atom, torch.ops.aten
 AXIS: Final = "half"
 ROWS: Final = Shard(0)
-# Between a rank's rows and what is sent: rows in order of their destination, how many there are for each, and the rows'
-# columns, which came rank by rank.
-EXCHANGE: Final = frozenset(
-    {
-        atom.sort_by_rank.default, atom.host_sizes.default, atom.dispatch_rows.default, atom.combine_rows.default,
-        atom.join_columns.default,
-    }
-)  # fmt: skip
+EXCHANGE: Final = frozenset(getattr(atom, name).default for name in BY_DESTINATION)
 # Where an argument may be a number of tokens: a size of the result, or of what is sent.
 SIZED: Final[Mapping[Any, tuple[int, ...]]] = {
     aten.reshape.default: (1,), aten.view.default: (1,), aten.expand.default: (1,), aten.full.default: (0,),
     aten.ones.default: (0,), aten.zeros.default: (0,), aten.slice.Tensor: (2, 3), atom.pack_message.default: (1,),
     atom.dispatch_rows.default: (2,), atom.combine_rows.default: (3,), atom.pointwise.default: (1,),
-    torch.ops._c10d_functional.all_to_all_single.default: (1, 2),
+    c10d.all_to_all_single.default: (1, 2),
 }  # fmt: skip
 ARITHMETIC: Final = frozenset({operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod})
 

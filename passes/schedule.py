@@ -21,14 +21,14 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
 from atomc.parallel.collectives import WAIT, is_collective
 from atomc.parallel.tasks import Cost, Schedule, Task, TaskGraph
-from atomc.passes.graph import PassError, base_of, calls, location, op_name, order_edges, storage_of
+from atomc.passes.graph import PassError, base_of, bytes_of, calls, location, op_name, order_edges, storage_of
 from atomc.passes.overlap import overlap
 from atomc.passes.runner import Context, Match, Pass, Refusal, Report
 
@@ -136,16 +136,11 @@ def _made(node: Node, sizes: Mapping[str, int]) -> dict[str, int]:
     return {f"%{node.name}[{at}]": _bytes(node, item, sizes) for at, item in made.items()}
 
 
-def _bytes(node: Node, value: Any, sizes: Mapping[str, int]) -> int:
-    total = value.element_size()
-    for size in value.shape:
-        if isinstance(size, torch.SymInt):
-            expr = size.node.expr
-            if unknown := sorted(str(s) for s in expr.free_symbols if str(s) not in sizes):
-                raise PassError(f"{node.name} ({location(node)}) has a size of {unknown[0]}, which has no value.")
-            size = int(expr.subs({s: sizes[str(s)] for s in expr.free_symbols}))
-        total *= size
-    return int(total)
+def _bytes(node: Node, value: torch.Tensor, sizes: Mapping[str, int]) -> int:
+    try:
+        return bytes_of(value, sizes)
+    except PassError as error:
+        raise PassError(f"{node.name} ({location(node)}) has {error}.") from None
 
 
 def place(graph: Graph, schedule: Schedule) -> None:
@@ -170,17 +165,3 @@ def place(graph: Graph, schedule: Schedule) -> None:
     output = next(node for node in graph.nodes if node.op == "output")
     for node in placed:
         output.prepend(node)
-
-
-def node_seconds(fast: float, slow: float, collective: float) -> Callable[[Node], float]:
-    """A cost model without a target: products and fused operators `slow`, other calls `fast`, views nothing."""
-
-    def seconds(node: Node) -> float:
-        if is_collective(node):
-            return collective
-        if not isinstance(node.target, torch._ops.OpOverload) or base_of(node) is not node:
-            return 0.0
-        heavy = node.target.namespace == "atom" or "linear" in str(node.target) or "mm" in str(node.target)
-        return slow if heavy else fast
-
-    return seconds

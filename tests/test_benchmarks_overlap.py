@@ -76,7 +76,7 @@ def test_a_schedule_is_played_as_it_is(layout: str) -> None:
     played = {task.name: streams.choose([unit], task.seconds) for task in plan.graph.tasks}
     again = simulate(streams.as_played(plan.graph, played), plan.issues)
     assert again.communication == pytest.approx(plan.communication, rel=0.02)
-    assert sorted(issue.task for issue in streams.in_order(plan.graph)) == sorted(issue.task for issue in plan.issues)
+    assert sorted(issue.task for issue in plan.graph.in_order()) == sorted(issue.task for issue in plan.issues)
 
 
 def test_the_runner_issues_the_schedule(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,11 +1,11 @@
-"""Paths that a command is given, checked before any work is done."""
+"""Paths that a command is given, checked before any work is done; and files written to them."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-from atomc.cli.failure import OptionError
+from atomc.cli.failure import OptionError, OutputError
 
 
 def check_file(path: Path, option: str) -> Path:
@@ -32,6 +32,18 @@ def check_folder(path: Path, option: str) -> Path:
     if path.is_dir() and not os.access(path, os.W_OK | os.X_OK):
         raise OptionError(f"{option} {path} cannot be written. Choose another folder.")
     return path if path.exists() else _check_parent(path, option)
+
+
+def write_beside(path: Path, text: str) -> None:
+    """Write a file beside and rename it. Raises `OutputError` when it cannot be written; nothing is left then."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}.") from error
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def is_artifact(text: str) -> bool:

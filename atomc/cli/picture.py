@@ -8,7 +8,6 @@ Terms:
 from __future__ import annotations
 
 import html
-import os
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,8 +17,8 @@ from atomc.artifact import facts
 from atomc.artifact.buffers import slot_bytes
 from atomc.artifact.facts import bytes_text
 from atomc.artifact.plan import RegionPlan, SlotInfo, Step
-from atomc.cli.failure import OutputError
 from atomc.cli.kernels import costs_of, steps_of
+from atomc.cli.paths import write_beside
 from atomc.cli.plan_text import slot_names, step_text
 from atomc.cli.roofline import roofline
 from atomc.costs.tables import Table, kernel_table, reckoned, region_table, step_table, use_table
@@ -55,15 +54,8 @@ LEGEND = (
 
 
 def write_picture(path: Path, opened: Opened, context: int | None = None) -> None:
-    """Write the page beside and rename it. Raises `OutputError` when it cannot be written; nothing is left then."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        beside.write_text(page(opened, context), encoding="utf-8")
-        beside.replace(path)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}.") from error
-    finally:
-        beside.unlink(missing_ok=True)
+    """Write the page. Raises `OutputError` when it cannot be written; nothing is left then."""
+    write_beside(path, page(opened, context))
 
 
 def page(opened: Opened, context: int | None = None) -> str:

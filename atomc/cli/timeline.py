@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from atomc.cli.failure import OptionError, OutputError
+from atomc.cli.failure import OptionError
+from atomc.cli.paths import write_beside
 
 if TYPE_CHECKING:
     from atomc.models.deepseek_v4.config import DeepseekV4Config
@@ -60,18 +60,11 @@ def schedules_of(decisions: Sequence[Decision]) -> list[tuple[str, Schedule]]:
 
 
 def write_timeline(path: Path, title: str, schedules: Sequence[tuple[str, Schedule]]) -> None:
-    """Write the page, or the trace, beside and rename it. Raises `OutputError`; nothing is left then."""
+    """Write the page, or the trace. Raises `OutputError`; nothing is left then."""
     from atomc.parallel.timeline import chrome_trace, page
 
     text = chrome_trace(schedules) if path.suffix == ".json" else page(title, NOTE, schedules, WINDOW)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}.") from error
-    finally:
-        beside.unlink(missing_ok=True)
+    write_beside(path, text)
 
 
 def draw_artifact(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Final
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,13 @@ import torch.nn.functional as F
 from atomc.ops.registry import define
 
 U8 = torch.uint8
+# Between a rank's rows and what is sent: rows in order of their destination, how many there are for each, and the rows'
+# columns, which came rank by rank.
+BY_DESTINATION: Final = frozenset({"sort_by_rank", "host_sizes", "dispatch_rows", "combine_rows", "join_columns"})
+# All operators of this file.
+EXCHANGES: Final = BY_DESTINATION | {
+    "pack_message", "unpack_message", "drop_padding", "local_experts", "vocabulary_embedding",
+}  # fmt: skip
 
 
 def _bytes(part: torch.Tensor) -> int:

@@ -13,9 +13,9 @@ import torch.distributed._functional_collectives as _operators  # noqa: F401  de
 from torch.fx import Node
 
 from atomc.parallel.kinds import KINDS as _BY_NAME
-from atomc.parallel.kinds import Kind, placed
+from atomc.parallel.kinds import NAMESPACE, Kind, placed
 
-c10d = torch.ops._c10d_functional
+c10d = getattr(torch.ops, NAMESPACE)
 KINDS: Final[dict[Any, Kind]] = {getattr(c10d, name.split(".")[1]).default: kind for name, kind in _BY_NAME.items()}
 WAIT: Final = c10d.wait_tensor.default
 

@@ -7,13 +7,14 @@ from typing import Final, Literal
 from atomc.ops.placement import PARTIAL, REPLICATE, Placement, PlacementError, Shard
 
 Kind = Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all"]
+NAMESPACE: Final = "_c10d_functional"  # of torch's operators of collectives
 KINDS: Final[dict[str, Kind]] = {
-    "_c10d_functional.all_gather_into_tensor.default": "all_gather",
-    "_c10d_functional.reduce_scatter_tensor.default": "reduce_scatter",
-    "_c10d_functional.all_reduce.default": "all_reduce",
-    "_c10d_functional.all_to_all_single.default": "all_to_all",
+    f"{NAMESPACE}.all_gather_into_tensor.default": "all_gather",
+    f"{NAMESPACE}.reduce_scatter_tensor.default": "reduce_scatter",
+    f"{NAMESPACE}.all_reduce.default": "all_reduce",
+    f"{NAMESPACE}.all_to_all_single.default": "all_to_all",
 }
-WAIT: Final = "_c10d_functional.wait_tensor.default"
+WAIT: Final = f"{NAMESPACE}.wait_tensor.default"
 
 
 def placed(kind: Kind, x: Placement, along: bool) -> Placement:

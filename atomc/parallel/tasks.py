@@ -105,6 +105,19 @@ class TaskGraph:
             before[task.name] = edges - {task.name}
         return before
 
+    def in_order(self, order: Iterable[str] | None = None) -> list[Issue]:
+        """The tasks in the order given, or in another, each collective waited for at once: no overlap at all."""
+        streams = {task.name: task.stream for task in self.tasks}
+        issues: list[Issue] = []
+        for name in streams if order is None else order:
+            if streams[name] == "compute":
+                issues.append(Issue("run", name))
+                continue
+            issues.append(Issue("start", name))
+            if name not in self.open:
+                issues.append(Issue("wait", name))
+        return issues
+
 
 class Cost(NamedTuple):
     """What a task takes, as in `Task`."""

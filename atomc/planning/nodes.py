@@ -21,18 +21,14 @@ from atomc.artifact.plan import DTYPE_BYTES, RegionPlan, Slot, SlotInfo, Step
 from atomc.costs.formula import hit
 from atomc.costs.launches import PARTS
 from atomc.costs.work import COSTS, CostError, Work, work_of
+from atomc.ops.exchange import EXCHANGES
 from atomc.ops.registry import OPS
 from atomc.parallel.collectives import KINDS, WAIT, group_of, is_collective
 from atomc.parallel.tasks import Cost
-from atomc.passes.graph import base_of, location
+from atomc.passes.graph import base_of, bytes_of, location, size_of
 from atomc.planning.operators import padded, roofline, sending
 from atomc.targets import Format, Target
 
-# Operators that move rows and compute nothing: what surrounds a collective.
-MOVES: Final = frozenset(
-    {"pack_message", "unpack_message", "drop_padding", "local_experts", "sort_by_rank", "dispatch_rows", "combine_rows",
-     "join_columns", "vocabulary_embedding", "host_sizes"}
-)  # fmt: skip
 PRODUCTS: Final = (
     ("moe_experts", "experts"), ("sparse_attention", "attention"), ("scaled_linear", "linear"),
     ("grouped", "grouped"), ("index", "index"),
@@ -83,7 +79,7 @@ class NodeCosts:
         namespace, name, _ = str(node.target).split(".")
         call = _Call(self, node)
         if name not in COSTS:
-            if namespace == "atom" and name not in MOVES:
+            if namespace == "atom" and name not in EXCHANGES:
                 raise CostError(f"{node.target} ({location(node)}): nothing says what it costs.")
             return float(sum(call.bytes)), {}
         work = work_of(call.step, call.region)
@@ -116,10 +112,7 @@ class NodeCosts:
 
     def size(self, size: Any) -> int:
         """A size as a number."""
-        if not isinstance(size, torch.SymInt):
-            return int(size)
-        expr = size.node.expr
-        return int(expr.xreplace({s: self.sizes[str(s)] for s in expr.free_symbols}))
+        return size_of(size, self.sizes)
 
     def _symbols(self, node: Node) -> dict[str, float]:
         """What the formulas' symbols are for a call: its own rows are T."""
@@ -140,10 +133,7 @@ class NodeCosts:
 
     def bytes_of(self, value: torch.Tensor) -> int:
         """Bytes of a fake tensor."""
-        total = value.element_size()
-        for size in value.shape:
-            total *= self.size(size)
-        return total
+        return bytes_of(value, self.sizes)
 
 
 class _Call:

@@ -5,14 +5,14 @@ datasheet (float32 600 TFLOP/s of eight GPUs); DGX B200 datasheet (eight GPUs wi
 5, 1.8 TB/s both ways through NVSwitch); 148 SMs as the driver reports; CUDA C++ programming guide, compute capability
 10.0 (227 KiB of shared memory a block and 228 an SM, 64 K registers an SM, 255 a thread, 64 warps, 32 blocks). The
 links' share is the one reported for an H100, assumed, as are 15 microseconds for the least collective. The
-accumulators' tensor memory (256 KiB an SM) is the kernel compiler's affair and not listed. Sustained: the shares
-measured on an H100, assumed; nothing was measured on this device.
+accumulators' tensor memory (256 KiB an SM) is the kernel compiler's affair and not listed. Sustained and
+contention: as measured on an H100, assumed; nothing was measured on this device.
 """
 
 from dataclasses import replace
 
 from atomc.targets.h100 import TARGET as H100
-from atomc.targets.target import KIB, Link, Peaks, Product, Residency, Target, TritonBackend
+from atomc.targets.target import KIB, Peaks, Product, Residency, Target, TritonBackend
 
 TARGET = Target(
     name="b200",
@@ -30,7 +30,16 @@ TARGET = Target(
     peaks=Peaks(bf16=2.25e15, fp8=4.5e15, fp4=9.0e15, vector=7.5e13),
     memory_bytes=180_000_000_000,
     memory_rate=8.0e12,
-    link=Link(topology="switch", rate=900.0e9, devices=8, share=0.79, latency=15.0e-6, origin="assumed"),
+    link=replace(
+        H100.link,
+        topology="switch",
+        rate=900.0e9,
+        devices=8,
+        share=0.79,
+        latency=15.0e-6,
+        origin="assumed",
+        contention="assumed",
+    ),
     residency=Residency(
         shared_bytes=228 * KIB,
         shared_granule=128,

@@ -7,13 +7,17 @@ HBM3 80 GB at 3.35 TB/s; NVLink 4, 900 GB/s both ways through NVSwitch); CUDA C+
 Residency: the same guide and the occupancy calculator (228 KiB of shared memory an SM, 1 KiB of it kept for each block,
 64 warps, 32 blocks, registers given to a warp by 256). float32 outside the matrix units: 66.9 TFLOP/s (white paper).
 Links: reduce-scatter reaches 360 GB/s and all-gather 350 of 450 (nccl-tests, reported in NVIDIA/nccl#1281); 15
-microseconds for the least collective, assumed.
+microseconds for the least collective, assumed. Least all-reduces of two devices took 30 to 98 microseconds, but were
+launched one by one: torch's host time is in them, which a captured graph has not, so that they are not used.
 
 Contention, from two H100 of one node under bfloat16 products of V4-Flash (benchmarks/results/overlap_nccl_h100.json):
-collectives of NCCL 2.28 kept 0.2 to 0.5 of their speed beside products, products 0.85 to 1.04 of theirs beside
-collectives, copies 0.83; products one after the other without a pause took 1.06 of what short runs of them took, and
-0.3 of the power for a collective is what then fits two chains of layers. Collectives of two devices reach 120 to 230
-GB/s in messages of 17 to 134 MB, less than the share above, which is of long ones of eight.
+collectives of NCCL 2.28 kept 0.18 to 0.52 of their speed beside products, 0.34 on average (`kept`), products 0.81 to
+1.05 of theirs beside collectives, 0.95 on average (`units`), copies 0.76 to 0.93 (`copies` makes it 0.85); products one
+after the other without a pause took 1.01 to 1.11 of what short runs of them took, 1.06 in the middle (`burst`). The
+power of a collective, 0.3, was not measured: with it and `kept` the twelve captured chains are predicted to 3 %. That a
+kernel bound by memory takes 0.7 of the power, and that the compute stream idles for 25 microseconds where the host
+waits, is assumed. Collectives of two devices reach 95 to 240 GB/s in messages of 17 to 134 MB, less than the share
+above, which is of long ones of eight.
 
 Sustained, from one run on one H100 80GB HBM3: copy 3.0 TB/s, bf16 8192^3 730 to 800 TFLOP/s, FP8 1,238 TFLOP/s
 (cuBLASLt), and some 4 microseconds of ramp and tail a kernel of a captured graph. Another run copied at 2.42 TB/s and
@@ -45,6 +49,10 @@ TARGET = Target(
         share=0.79,
         latency=15.0e-6,
         origin="reported",
+        units=0.05,
+        copies=3.6,
+        kept=0.35,
+        power=0.3,
         contention="measured",
     ),
     residency=Residency(
@@ -62,6 +70,9 @@ TARGET = Target(
         matrix=(0.77, 0.62),
         launch=4.0e-6,
         origin="measured",
+        burst=1.06,
+        memory_power=0.7,
+        host=25.0e-6,
         products=(Product("attention", 0.65, "reported", "FlashMLA: sparse prefill, 640 TFLOP/s on an H800"),),
     ),
     dependent_launch=True,

@@ -7,14 +7,14 @@ lower `dot_scaled` for it, hence mx "none". Registers per lane: CDNA 3 ISA, 256 
 Residency: LLVM, "User Guide for AMDGPU Backend" and the occupancy arithmetic of its GCN subtarget (four SIMDs a CU,
 eight waves a SIMD, VGPRs by 8, LDS by 512 bytes, 16 workgroups of more than one wave). float32 outside the matrix
 units: 163.4 TFLOP/s (datasheet). Links: of 64 GB/s some 48 are usable (ROCm blog "Understanding RCCL Bandwidth and
-xGMI Performance on AMD Instinct MI300X", 2025-03-02); 15 microseconds for the least collective, assumed. Sustained: the
-shares measured on an H100, assumed; nothing was measured on this device.
+xGMI Performance on AMD Instinct MI300X", 2025-03-02); 15 microseconds for the least collective, assumed. Sustained
+and contention: as measured on an H100, assumed; nothing was measured on this device.
 """
 
 from dataclasses import replace
 
 from atomc.targets.h100 import TARGET as H100
-from atomc.targets.target import GIB, KIB, Link, Peaks, Residency, Target, TritonBackend
+from atomc.targets.target import GIB, KIB, Peaks, Residency, Target, TritonBackend
 
 TARGET = Target(
     name="mi300x",
@@ -32,7 +32,16 @@ TARGET = Target(
     peaks=Peaks(bf16=1.3074e15, fp8=2.6149e15, fp4=None, vector=1.634e14),
     memory_bytes=192 * GIB,
     memory_rate=5.3e12,
-    link=Link(topology="mesh", rate=7 * 64.0e9, devices=8, share=0.75, latency=15.0e-6, origin="reported"),
+    link=replace(
+        H100.link,
+        topology="mesh",
+        rate=7 * 64.0e9,
+        devices=8,
+        share=0.75,
+        latency=15.0e-6,
+        origin="reported",
+        contention="assumed",
+    ),
     residency=Residency(
         shared_bytes=64 * KIB,
         shared_granule=512,

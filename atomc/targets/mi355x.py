@@ -7,8 +7,8 @@ ways, each to one peer). Registers per lane: CDNA 4 ISA, 256 VGPRs + 256 AGPRs.
 Residency: LLVM, "User Guide for AMDGPU Backend" and the occupancy arithmetic of its GCN subtarget (four SIMDs a CU,
 eight waves a SIMD, VGPRs by 8, LDS by 1,280 bytes, 16 workgroups of more than one wave). float32 outside the matrix
 units: 157.3 TFLOP/s (datasheet). Links: the share that AMD reports for an MI300X, assumed, and 15 microseconds for the
-least collective, assumed. Sustained: the shares measured on an H100, assumed; nothing was measured on this
-device.
+least collective, assumed. Sustained and contention: as measured on an H100, assumed; nothing was measured on
+this device.
 """
 
 from dataclasses import replace
@@ -17,7 +17,6 @@ from atomc.targets.h100 import TARGET as H100
 from atomc.targets.target import (
     GIB,
     KIB,
-    Link,
     Peaks,
     Product,
     Residency,
@@ -41,7 +40,16 @@ TARGET = Target(
     peaks=Peaks(bf16=2.5166e15, fp8=5.0332e15, fp4=10.0663e15, vector=1.573e14),
     memory_bytes=288 * GIB,
     memory_rate=8.0e12,
-    link=Link(topology="mesh", rate=7 * 76.8e9, devices=8, share=0.75, latency=15.0e-6, origin="assumed"),
+    link=replace(
+        H100.link,
+        topology="mesh",
+        rate=7 * 76.8e9,
+        devices=8,
+        share=0.75,
+        latency=15.0e-6,
+        origin="assumed",
+        contention="assumed",
+    ),
     residency=Residency(
         shared_bytes=160 * KIB,
         shared_granule=1280,

@@ -93,7 +93,7 @@ class Sustained:
         origin: `measured` on a device of this kind, or `assumed` to be as on another.
         products: what plans reckon with instead of `matrix` (`Target.product_rate`).
         burst: speed of products, over the sustained one, while the device is not held to its power: a long run of them
-            is. memory_power: share of the power that a kernel bound by memory takes.
+            is. memory_power: share of the power that a kernel bound by memory takes; assumed everywhere.
         host: seconds that the compute stream idles after a kernel whose result the host waits for, until the next one
             that it launches runs; assumed everywhere.
     """
@@ -103,9 +103,9 @@ class Sustained:
     launch: float
     origin: Literal["measured", "assumed"]
     products: tuple[Product, ...] = ()
-    burst: float = 1.06
-    memory_power: float = 0.7
-    host: float = 25.0e-6
+    burst: float = 1.0
+    memory_power: float = 0.0
+    host: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,8 +121,9 @@ class Link:
             Latencies are assumed everywhere.
         units: share of the compute units that a collective takes from compute. copies: bytes between a device and its
             memory for each byte that it sends. kept: share of its rate that a collective keeps while compute runs: it
-            waits for units, and shares them. power: share of the device's power that it takes.
-        contention: where these four are from, and `Sustained.burst`.
+            waits for units, and shares them. power: share of the device's power that it takes. By default nothing is
+            taken and all is kept.
+        contention: where `units`, `copies` and `kept` are from, and `Sustained.burst`; `power` is what fits them.
     """
 
     topology: Topology
@@ -131,10 +132,10 @@ class Link:
     share: float = 1.0
     latency: float = 0.0
     origin: Literal["reported", "assumed"] = "assumed"
-    units: float = 0.05
-    copies: float = 3.6
-    kept: float = 0.35
-    power: float = 0.3
+    units: float = 0.0
+    copies: float = 0.0
+    kept: float = 1.0
+    power: float = 0.0
     contention: Origin = "assumed"
 
     @property

@@ -40,7 +40,7 @@ def check(graph: TaskGraph, share: float | None) -> None:
     free = overlap(graph)
     limit = None
     if share is not None:
-        least = min(free.peak, simulate(graph, in_order(graph)).peak)
+        least = min(free.peak, simulate(graph, graph.in_order()).peak)
         limit = round(least + share * (free.peak - least))
     found = overlap(graph, limit)
     issues = list(found.issues)
@@ -48,7 +48,7 @@ def check(graph: TaskGraph, share: float | None) -> None:
     assert found.spans == schedules.clock(graph, issues)
     assert found.peak == schedules.peak(graph, issues)
     assert limit is None or found.peak <= limit
-    assert found.seconds <= simulate(graph, in_order(graph)).seconds
+    assert found.seconds <= simulate(graph, graph.in_order()).seconds
     assert found.seconds == max(span.end for span in found.spans.values())
     gaps = sum(task.seconds for task in graph.tasks if task.stream == "compute") + sum(found.exposed.values())
     assert gaps == found.seconds  # every second the compute stream works or is held up
@@ -69,15 +69,6 @@ def check_places(graph: TaskGraph, issues: list[Issue]) -> None:
             assert (name, runs[0]) in pairs, name
 
 
-def in_order(graph: TaskGraph) -> list[Issue]:
-    """The order given, each collective waited for at once: no overlap at all, and the least memory of this order."""
-    found = []
-    for task in graph.tasks:
-        actions = ("run",) if task.stream == "compute" else ("start", "wait")
-        found += [Issue(action, task.name) for action in actions]
-    return found
-
-
 @given(graphs(), st.sampled_from((None, 0.0, 0.5)))
 @settings(max_examples=300)
 def test_schedules_of_random_graphs_are_legal(graph: TaskGraph, share: float | None) -> None:
@@ -90,7 +81,7 @@ def test_streams_that_slow_one_another_down(graph: TaskGraph) -> None:
     """Legal, never slower than no overlap, and every task does its work: at its share while the other stream runs."""
     found = overlap(graph)
     assert schedules.faults(graph, list(found.issues)) == []
-    assert found.seconds <= simulate(graph, in_order(graph)).seconds + 1e-9
+    assert found.seconds <= simulate(graph, graph.in_order()).seconds + 1e-9
     for task in graph.tasks:
         span = found.spans[task.name]
         others = [found.spans[other.name] for other in graph.tasks if other.stream != task.stream]
@@ -109,7 +100,7 @@ def test_power_bounds_a_step() -> None:
     found = overlap(TaskGraph(tasks))
     assert (found.seconds, found.throttled) == (4.25, 1.25)
     assert sum(found.exposed.values()) == 0
-    assert simulate(TaskGraph(tasks), in_order(TaskGraph(tasks))).throttled == 0.25
+    assert simulate(TaskGraph(tasks), TaskGraph(tasks).in_order()).throttled == 0.25
 
 
 def test_a_region_that_is_stitched_to_others() -> None:

@@ -20,11 +20,10 @@ from atomc.parallel.layout import parse_layout
 from atomc.parallel.tasks import simulate
 from atomc.passes.graph import PassError, order_edges
 from atomc.passes.overlap import OverlapError
-from atomc.passes.schedule import ScheduleOverlap, node_seconds, task_graph
-from tests.passes.test_overlap import in_order
+from atomc.passes.schedule import ScheduleOverlap, task_graph
 from tests.passes.test_shard import empty
 from tests.support.eager import Caches, make_batch, new_caches
-from tests.support.halves import SECONDS, Halves, chunked, halves, schedule, sizes_of
+from tests.support.halves import SECONDS, Halves, chunked, halves, node_seconds, schedule, sizes_of
 from tests.support.micro_batches import operators
 from tests.support.sharded import CONFIG, CONTEXT, LONGEST, compiled
 from tests.support.v4_configs import random_ids
@@ -186,8 +185,7 @@ def test_bytes_are_those_of_the_storages(layout: str, form: Any, stitched: bool)
     for part in halves(layout, form, stitched=stitched).parts:
         gm = part.region.gm
         found = task_graph(gm.graph, SECONDS, sizes_of(gm))
-        issues = [i for i in in_order(found) if i.action != "wait" or i.task not in found.open]
-        assert simulate(found, issues).peak == _peak(gm, sizes_of(gm)), part.call.region
+        assert simulate(found, found.in_order()).peak == _peak(gm, sizes_of(gm)), part.call.region
 
 
 def _peak(gm: GraphModule, sizes: dict[str, int]) -> int:

@@ -14,6 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from atomc.compiler import Options, check_limits, check_scheme, fuse, serving_facts, trace
 from atomc.costs.work import CostError
 from atomc.models.source import open_model
+from atomc.ops import OPS, exchange
 from atomc.parallel.collectives import KINDS, is_collective
 from atomc.parallel.layout import parse_layout
 from atomc.parallel.links import sent_bytes
@@ -146,6 +147,10 @@ def _peak(gm: GraphModule, ctx: Context, costs: NodeCosts, sizes: dict[str, int]
     moved = copy.deepcopy(gm)
     ScheduleOverlap(costs, sizes, limit=limit, require=False).run(moved, ctx)
     return overlap(task_graph(gm.graph, costs, sizes), limit).peak
+
+
+def test_what_surrounds_a_collective_is_all_that_its_file_defines() -> None:
+    assert {name for name, op in OPS.items() if op.reference.__module__ == exchange.__name__} == exchange.EXCHANGES
 
 
 def test_an_operator_that_nothing_describes_is_named() -> None:
