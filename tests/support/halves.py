@@ -17,6 +17,8 @@ from atomc.artifact.plan import SYMBOLS
 from atomc.capture import Call
 from atomc.ops import Batch
 from atomc.ops.batch import half_rows, middle, split_batch
+from atomc.parallel.collectives import is_collective
+from atomc.parallel.sizes import AGREED
 from atomc.passes.borders import Region, stitch
 from atomc.passes.chunk import Chunk
 from atomc.passes.graph import base_of
