@@ -19,7 +19,7 @@ import torch
 from torch.fx import GraphModule
 
 import atomc
-from atomc.artifact.agreement import Proven
+from atomc.artifact.agreement import Proven, prove_layouts
 from atomc.artifact.check import check_program
 from atomc.artifact.kernels import KernelFacts, write_kernel
 from atomc.artifact.manifest import SCHEMA_VERSION, Limits, Manifest, Serving
@@ -44,7 +44,7 @@ from atomc.pack import Packed, Packing, Source, weights_of
 from atomc.passes import pipelines
 from atomc.passes.runner import Context, Pass, run_pipeline
 from atomc.passes.scheme import IndexRows, Rows, Scheme, get_scheme
-from atomc.ranks import Cutting, layouts_for, proven
+from atomc.ranks import Cutting, layouts_for
 from atomc.recipes import Choice, Method, Recipe, TensorSpec, instantiate, output_spec, stored_layout
 from atomc.regions import Compiled, copy_context, lower
 from atomc.report import Explanation, Layouts, explanation_of, layouts_of, write_report
@@ -184,7 +184,7 @@ def compile_model(
     variants = {k: v for _, made in lowered.values() for k, v in made.items()} | cutting.kernels
     if missing := [m for region in regions.values() for m in missing_kernels(region, target)]:
         raise refuse(missing, target)
-    ranks = proven(plans, plan, every, buckets_of(limits.max_batch_tokens))
+    ranks = prove_layouts(plans, plan, every, buckets_of(limits.max_batch_tokens))
     kernels = build_kernels(variants, target, progress)
     found = {name: faults_of(variants[name], binary.facts, target) for name, binary in sorted(kernels.items())}
     faults = {name: problems for name, problems in found.items() if problems}

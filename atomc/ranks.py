@@ -17,7 +17,6 @@ from pathlib import Path
 import msgspec
 from torch.fx import GraphModule
 
-from atomc.artifact.agreement import Proven, prove_layout
 from atomc.artifact.plan import CallPlan, ProgramPlan, RegionPlan
 from atomc.artifact.ranks import FormPlan, Kind, RanksPlan, cuts_of
 from atomc.codegen.device import Variant as Kernel
@@ -29,7 +28,7 @@ from atomc.models.deepseek_v4.config import DeepseekV4Config
 from atomc.models.deepseek_v4.sharding import placement_of, promised_cuts
 from atomc.ops.placement import Placement, Shard
 from atomc.parallel.layout import Layout, LayoutError, ModelSizes, parse_layout
-from atomc.parallel.sizes import AGREED, COUNTED, INDEX
+from atomc.parallel.sizes import bounds
 from atomc.passes import pipelines
 from atomc.passes.runner import run_pipeline
 from atomc.passes.scheme import Rule, Scheme
@@ -118,12 +117,7 @@ class Variant:
 
     def bounds(self, one: Mapping[str, int]) -> dict[str, int]:
         """The largest values of the sizes, by those of one rank."""
-        mesh, most = self.layout.mesh, one["T"]
-        counted = 2 * mesh.size("dp") if self.form == "route" else 0
-        return {
-            **one, AGREED: most, **{INDEX[axis]: size - 1 for axis, size in mesh.axes},
-            **{f"{COUNTED}{i}": most for i in range(counted)},
-        }  # fmt: skip
+        return bounds(one, self.layout.mesh, 2 * self.layout.dp if self.form == "route" else 0)
 
 
 def variants_of(layout: Layout, target: Target) -> dict[Kind, Variant]:
@@ -188,13 +182,6 @@ class Linker:
 
 def _content(region: RegionPlan) -> bytes:
     return msgspec.json.encode(msgspec.structs.replace(region, name=""), order="deterministic")
-
-
-def proven(
-    plans: Iterable[RanksPlan], whole: ProgramPlan, regions: Mapping[str, RegionPlan], buckets: tuple[int, ...]
-) -> list[Proven]:
-    """Every layout's proof; see `atomc.artifact.agreement`."""
-    return [prove_layout(plan, whole, regions, buckets) for plan in plans]
 
 
 def placements_of(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,7 +141,10 @@ def read_ranks(folder: Path) -> list[RanksPlan]:
     """
     if not (folder / "plan" / FILE).exists():
         return []
-    return decode(_read(folder, FILE.removesuffix(".json")), list[RanksPlan], f"plan/{FILE}")
+    plans = decode(_read(folder, FILE.removesuffix(".json")), list[RanksPlan], f"plan/{FILE}")
+    if twice := [name for name, n in Counter(plan.layout for plan in plans).items() if n > 1]:
+        raise ArtifactError(f"{folder}: plan/{FILE} has the layout {twice[0]} twice. Compile the model again.")
+    return plans
 
 
 def read_regions(folder: Path, names: list[str]) -> dict[str, RegionPlan]:

@@ -403,15 +403,17 @@ MUTATIONS: dict[str, tuple[str, Form, str, Callable[[GraphModule], None], str]] 
     "all_to_all over tp": ("dp=3,tp=2,moe=ep", "route", LAYER, retarget("all_to_all", -1, "tp"), "its input is"),
     "parts for too few ranks": (*ROUTE, LAYER, retarget("all_to_all", 1, [1, 1]), "of 2 and 3 parts"),
     "unequal fixed parts": (*ROUTE, LAYER, retarget("all_to_all", 2, [2, 1, 0]), "no two ranks agree"),
-    "padding not dropped": ("dp=2,moe=tp", "gather", LAYER, as_it_came, ""),
-    "padding dropped to itself": ("dp=2,moe=tp", "gather", LAYER, like_itself, ""),
-    "a message taken apart in another order": ("dp=2,moe=tp", "gather", LAYER, parts_swapped, ""),
+    "padding not dropped": ("dp=2,moe=tp", "gather", LAYER, as_it_came, "broadcastable to [23, 48]"),
+    "padding dropped to itself": ("dp=2,moe=tp", "gather", LAYER, like_itself, "broadcastable to [23, 48]"),
+    "a message taken apart in another order": ("dp=2,moe=tp", "gather", LAYER, parts_swapped, "to [11, 3]"),
     "equal parts whatever is sent": (*ROUTE, LAYER, fixed_parts, "not those of its rows"),
     "a collective that nobody reads": ("dp=2,moe=tp", "gather", LAYER, nobody_reads, "read by nobody"),
     "half of a rank's experts": (*ROUTE, LAYER, other(atom.local_experts.default, 2, lambda n: n // 2), "counts 2 exp"),
-    "rows sorted for twice the experts": (*ROUTE, LAYER, other(atom.sort_by_rank.default, 4, lambda n: 2 * n), "which"),
-    "rows sorted for too few ranks": (*ROUTE, LAYER, other(atom.sort_by_rank.default, 2, lambda n: n - 1), ""),
-    "the first experts on every rank": ("dp=3,moe=ep", "gather", LAYER, first_of_all, ""),
+    "rows sorted for twice the experts":
+        (*ROUTE, LAYER, other(atom.sort_by_rank.default, 4, lambda n: 2 * n), "3 ranks of 8 experts"),
+    "rows sorted for too few ranks":
+        (*ROUTE, LAYER, other(atom.sort_by_rank.default, 2, lambda n: n - 1), "all_to_all of 3 and 2 parts"),
+    "the first experts on every rank": ("dp=3,moe=ep", "gather", LAYER, first_of_all, "rank 1's first expert is 0"),
     "sums rounded to integers": ("dp=2,moe=tp", "gather", LAYER, sums_of_codes, "before it is taken"),
     "sums in bfloat16": ("dp=2,moe=tp", "gather", LAYER, sums_in_bf16, "it has to be float32"),
     "the first rows of the vocabulary on every rank":
@@ -449,6 +451,12 @@ def test_a_weight_cut_another_way_is_refused(weight: str, placed: dict[str, Plac
     with pytest.raises(CollectivesError) as error:
         check_ranks(region, msgspec.structs.replace(plan, cuts={**plan.cuts, weight: cuts_of(placed)}))
     assert why in str(error.value)
+
+
+def test_a_layout_that_shares_experts_otherwise_is_refused() -> None:
+    region, plan = Graph.of(*ROUTE).plan()
+    with pytest.raises(CollectivesError, match="shared as with moe=ep; the layout says moe=tp"):
+        check_ranks(region, msgspec.structs.replace(plan, layout="dp=3,moe=tp"))
 
 
 # -- ranks that run other things ---------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -132,6 +134,18 @@ def test_a_rank_reads_its_part(ranked: tuple[Path, Result]) -> None:
             assert torch.equal(mine["layers.0.ffn.gate.weight"], whole["layers.0.ffn.gate.weight"])
 
 
+def test_a_rank_loads_without_a_compiler(ranked: tuple[Path, Result]) -> None:
+    code = (
+        "import sys; from pathlib import Path; from atomc.runtime.loader import load_rank\n"
+        f"for layout in {LAYOUTS!r}: load_rank(Path({str(ranked[0] / 'a.atom')!r}), layout, 1)\n"
+        "banned = ('atomc.models', 'atomc.passes', 'atomc.codegen', 'atomc.compiler', 'triton', 'sympy', 'networkx',"
+        " 'torch._dynamo', 'torch._inductor', 'transformers')\n"
+        "print([name for name in banned if name in sys.modules])"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "[]"
+
+
 def test_what_is_not_there_is_named(ranked: tuple[Path, Result]) -> None:
     folder = ranked[0]
     with pytest.raises(NoLayoutError, match=r"not compiled for dp=4,moe=tp; it has dp=1, dp=2,moe=tp"):
@@ -188,6 +202,10 @@ TAMPERED: dict[str, tuple[str, Callable[[Any], None], str]] = {
     "a weight cut twice":
         ("plan/ranks.json", forms(lambda p: p["cuts"]["ffn.experts.w2"].append({"axis": "dp", "dim": 1})), "its parts"),
     "a weight left whole": ("plan/ranks.json", forms(lambda p: p["cuts"].pop("ffn.experts.w2")), "its parts make up"),
+    "another layout": ("plan/ranks.json", forms(lambda p: p.update(layout="dp=2,moe=tp")), "dp=2,moe=tp twice"),
+    "no layout": ("plan/ranks.json", forms(lambda p: p.update(layout="dp=two")), "its layout is none"),
+    "other axes": ("plan/ranks.json", forms(lambda p: p.update(axes=[["tp", 2]])), "the layout has [('dp', 2)]"),
+    "an index beyond the mesh": ("plan/ranks.json", forms(lambda p: p["symbols"].update(dp_index=5)), "dp_index 5"),
     "no form for prefill": ("plan/ranks.json", forms(lambda p: p["steps"].update(prefill="other")), "needs one of"),
     "a form that skips a layer":
         ("plan/ranks.json", forms(lambda p: p["forms"]["gather"]["calls"].pop(1)), "dp=2,moe=ep, gather: arena_bytes"),
@@ -207,7 +225,7 @@ def test_a_plan_that_was_tampered_with_is_refused(ranked: tuple[Path, Result], t
         verify_collectives(artifact)
     assert why in str(error.value), str(error.value)
     layout = "dp=2,moe=tp" if file == LAYER else "dp=2,moe=ep"
-    with pytest.raises((CollectivesError, ArtifactError)):
+    with pytest.raises((CollectivesError, ArtifactError, NoLayoutError)):
         load_rank(artifact, layout, 0)
 
 

@@ -12,16 +12,17 @@ Terms:
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
 from atomc.artifact.check_ranks import Collective, CollectivesError, check_ranks
 from atomc.artifact.expr import evaluate
-from atomc.artifact.plan import SYMBOLS, ProgramPlan, RegionPlan
+from atomc.artifact.plan import DTYPE_BYTES, SYMBOLS, ProgramPlan, RegionPlan
 from atomc.artifact.ranks import KINDS, RanksPlan
 from atomc.ops.placement import Mesh
-from atomc.parallel.sizes import AGREED, INDEX
+from atomc.parallel.layout import LayoutError, parse_layout
+from atomc.parallel.sizes import AGREED, INDEX, bounds
 
 Load = Literal["real", "dummy", "empty"]
 Phase = Literal["prefill", "decode", "mixed"]
@@ -191,18 +192,16 @@ class Proven:
     def bytes_a_row(self, kind: str) -> dict[str, int]:
         """Kind of collective -> bytes that a rank gives to it in a step of that kind, for each row of a message.
 
-        Of rows that are counted when they are sent: for each that is.
+        Of rows that are counted when they are sent: for each that is. What is sent whatever the rows are is not in it.
         """
         found: dict[str, int] = {}
         for c in self.collectives[self.plan.steps[kind]]:  # type: ignore[index]
-            found[c.kind] = found.get(c.kind, 0) + bytes_of(c, 1)
-        return found
+            found[c.kind] = found.get(c.kind, 0) + bytes_of(c, 2) - bytes_of(c, 1)
+        return {kind: size for kind, size in found.items() if size}
 
 
 def bytes_of(collective: Collective, rows: int) -> int:
     """Bytes that a rank gives to a collective of a step of so many rows."""
-    from atomc.artifact.plan import DTYPE_BYTES
-
     size, symbols = DTYPE_BYTES[collective.dtype], dict.fromkeys((*SYMBOLS, AGREED), rows)
     for part in collective.size.split(" x "):
         size *= rows if part == "counted" else evaluate(part, symbols)
@@ -231,8 +230,28 @@ def prove_layout(
     return Proven(plan, {form: [c for name in names for c in found[name]] for form, names in calls.items()}, proof)
 
 
+def prove_layouts(
+    plans: Iterable[RanksPlan], whole: ProgramPlan, regions: Mapping[str, RegionPlan], buckets: Sequence[int]
+) -> list[Proven]:
+    """`prove_layout` of each."""
+    return [prove_layout(plan, whole, regions, buckets) for plan in plans]
+
+
 def _table_problems(plan: RanksPlan, whole: ProgramPlan, regions: Mapping[str, RegionPlan]) -> Iterator[str]:
-    """What makes a layout's forms others than the program of one rank, cut."""
+    """What makes a layout's forms others than the program of one rank, cut as the layout says."""
+    try:
+        layout = parse_layout(plan.layout)
+    except LayoutError as error:
+        yield f"its layout is none: {error}"
+        return
+    if plan.axes != list(layout.mesh.axes):
+        yield f"its axes are {plan.axes}; the layout has {list(layout.mesh.axes)}"
+        return
+    counted = 2 * layout.dp if "route" in plan.forms else 0
+    if plan.symbols != (known := bounds(whole.symbols, layout.mesh, counted)):
+        wrong = sorted(n for n in plan.symbols.keys() | known if plan.symbols.get(n) != known.get(n))
+        said = ", ".join(f"{n} {plan.symbols.get(n)}, not {known.get(n)}" for n in wrong)
+        yield f"its symbols have other bounds than the layout: {said}"
     if sorted(plan.steps) != sorted(KINDS) or not set(plan.steps.values()) <= plan.forms.keys():
         yield f"steps are {plan.steps}; each of {', '.join(KINDS)} needs one of the forms {sorted(plan.forms)}"
     for name, form in plan.forms.items():

@@ -22,7 +22,8 @@ import torch
 
 from atomc.artifact.expr import evaluate
 from atomc.artifact.names import Names
-from atomc.artifact.plan import PROBES, DType, RegionPlan, Size, Slot, SlotInfo, Step
+from atomc.artifact.plan import PROBES, RegionPlan, Slot, SlotInfo, Step
+from atomc.artifact.shapes import like, results_of
 from atomc.formats import Layout, RowLayout
 
 CACHES: Final = ("cache", "window")
@@ -149,40 +150,19 @@ def _held(what: str, codes: SlotInfo, scales: SlotInfo, layout: Layout) -> Itera
 
 
 def _results(given: Given, region: RegionPlan) -> Iterator[str]:
-    """Results against what the operator's fake gives for arguments of these shapes.
-
-    A program of aten operators runs on small zeros: on the meta device they are decomposed, for which torch imports its
-    compiler, and a server waits for that.
-    """
-    device = "cpu" if given.step.op == "atom.pointwise.default" else "meta"
+    """Results against what the operator gives for arguments of these shapes."""
     try:
-        made = given.op(*(_example(a, region, device) for a in given.step.args),
-                        **{k: _example(v, region, device) for k, v in given.step.kwargs.items()})  # fmt: skip
+        made = results_of(given.op, given.step, region, PROBE)
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError, NotImplementedError) as error:
         yield f"does not run at {PROBE}: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
         return
-    results = made if isinstance(made, (tuple, list)) else () if made is None else (made,)
-    for slot, result in zip(given.step.outputs, results, strict=False):
+    for slot, (shape, dtype) in zip(given.step.outputs, made, strict=False):
         if slot is None:
             continue
         info = region.slots[slot]
-        if (_sizes(info), info.dtype) != (tuple(result.shape), _short(result.dtype)):
-            found = f"{list(result.shape)} {_short(result.dtype)}"
+        if (shape, dtype) != like(info, PROBE):
+            found = f"{list(shape)} {_short(dtype)}"
             yield f"result {info.name} is {info.shape} {info.dtype}; the operator gives {found} at {PROBE}"
-
-
-def _example(arg: Any, region: RegionPlan, device: str) -> Any:
-    match arg:
-        case Slot(id=slot):
-            info = region.slots[slot]
-            return torch.zeros(_sizes(info), dtype=getattr(torch, info.dtype), device=device)
-        case Size(expr=text):
-            return evaluate(text, PROBE)
-        case DType(name=name):
-            return getattr(torch, name)
-        case list():
-            return [_example(a, region, device) for a in arg]
-    return arg
 
 
 def _bare(steps: list[Given], region: RegionPlan, named: dict[int, str]) -> Iterator[tuple[str, str]]:

@@ -13,6 +13,7 @@ Terms:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
@@ -23,12 +24,14 @@ from atomc.artifact.check_region import COLLECTIVE, operator_of
 from atomc.artifact.expr import evaluate, names_in
 from atomc.artifact.plan import PROBES, DType, RegionPlan, Size, Slot, Step
 from atomc.artifact.ranks import RanksPlan
+from atomc.artifact.shapes import like, results_of
 from atomc.errors import ProblemsError
 from atomc.ops.placement import REPLICATE, Call, Operand, Placement, PlacementError, Shard
 from atomc.ops.placement import Size as Number
 from atomc.ops.placement_exchange import EXPERTS
 from atomc.ops.placement_rules import propagate
 from atomc.parallel.kinds import KINDS, WAIT, Kind, placed
+from atomc.parallel.layout import parse_layout
 from atomc.parallel.sizes import AGREED, COUNTED, INDEX
 
 HOST_SIZES: Final = "atom.host_sizes.default"
@@ -137,24 +140,21 @@ class _Check:
     # -- shapes --------------------------------------------------------------------------------------------------------
 
     def shapes(self) -> Iterator[str]:
-        """Each step once more, on tensors without data: what it gives is what the plan says, at two sets of sizes."""
+        """Each step once more: what it gives is what the plan says, at two sets of sizes."""
         for probe in PROBES:
-            values = [
-                torch.empty([evaluate(n, probe) for n in info.shape], dtype=getattr(torch, info.dtype), device="meta")
-                for info in self.region.slots
-            ]
             for step in (*self.region.prepare, *self.region.steps):
-                if step.op == HOST_SIZES:
-                    continue
+                op = operator_of(step.op)
+                if op is None or step.op == HOST_SIZES:
+                    continue  # the one was refused before, the other gives numbers
                 try:
-                    results = _run(step, values, probe)
+                    found = results_of(op, step, self.region, probe)
                 except Exception as error:  # noqa: BLE001  whatever an operator says to arguments that do not fit
-                    yield f"{self.at(step)}: does not run: {str(error).splitlines()[0] if str(error) else error!r}"
+                    yield f"{self.at(step)}: does not run: {(str(error) or repr(error)).splitlines()[0]}"
                     continue
-                for slot, result in zip(step.outputs, results, strict=True):
-                    if slot is not None and (result.shape, result.dtype) != (values[slot].shape, values[slot].dtype):
-                        found, said = f"{list(result.shape)} {result.dtype}", self.region.slots[slot]
-                        yield f"{self.at(step)}: gives {found} where the plan says {said.shape} {said.dtype}"
+                for slot, (shape, dtype) in zip(step.outputs, found, strict=True):
+                    if slot is not None and (shape, dtype) != like(self.region.slots[slot], probe):
+                        said = f"{self.region.slots[slot].shape} {self.region.slots[slot].dtype}"
+                        yield f"{self.at(step)}: gives {list(shape)} {dtype} where the plan says {said}"
 
     # -- placements ----------------------------------------------------------------------------------------------------
 
@@ -225,6 +225,9 @@ class _Check:
                 yield f"{self.at(step)}: {kind} is not waited for once, before it is read"
             if kind in ("all_gather", "reduce_scatter") and step.args[-2] != mesh.size(group):
                 yield f"{self.at(step)}: {kind} among {step.args[-2]} ranks; {group} has {mesh.size(group)}"
+            rows = self.region.slots[_slot(step.args[0])].shape[0]
+            if kind == "reduce_scatter" and any(evaluate(rows, p) % mesh.size(group) for p in PROBES):
+                yield f"{self.at(step)}: {rows} rows cannot be shared out equally among {mesh.size(group)} ranks"
             if kind in ("reduce_scatter", "all_reduce"):
                 yield from self.reduction(step)
             yield from (f"{self.at(step)}: {p}" for p in self.sizes(step))
@@ -241,9 +244,9 @@ class _Check:
     def sizes(self, step: Step) -> Iterator[str]:
         one = _collective(self.region, 0, step)
         own = {n for n in names_in(one.size.replace(" x ", " + ").replace("counted", "0")) if _is_own(n, one.group)}
-        if one.group == "dp" and own:
+        if own:
             names = ", ".join(sorted(own))
-            yield f"{one.kind} over dp of {one.size}: {names} is the rank's own number, which the others do not know"
+            yield f"{one.kind} over {one.group} of {one.size}: {names} is the rank's own, which the others do not know"
 
     def exchanges(self) -> Iterator[str]:
         """Rows that a rank sends and expects: by counts that it has sent before, to the same group."""
@@ -294,6 +297,9 @@ class _Check:
     def owners(self) -> Iterator[str]:
         """Which experts, and which rows of the vocabulary, a rank has: by its place on the mesh."""
         mesh, held = self.plan.mesh, self.experts_held()
+        whole = "ep" if self.steps("atom.local_experts.default", "atom.sort_by_rank.default") else "tp"
+        if held and whole != (said := parse_layout(self.plan.layout).moe):
+            yield f"experts are shared as with moe={whole}; the layout says moe={said}"
         for step in self.steps("atom.local_experts.default", "atom.sort_by_rank.default"):
             first, rest = step.args[1], step.args[2:]
             per = rest[-2] if len(rest) == 3 else rest[0]
@@ -337,10 +343,7 @@ def _number(arg: Any, symbols: Mapping[str, int]) -> int:
 
 
 def _product(sizes: list[int | str]) -> int:
-    found = 1
-    for size in sizes:
-        found *= evaluate(size, {})
-    return found
+    return math.prod(evaluate(size, {}) for size in sizes)
 
 
 def _positional(step: Step) -> list[Any]:
@@ -349,30 +352,6 @@ def _positional(step: Step) -> list[Any]:
     assert op is not None, step.op
     rest = op._schema.arguments[len(step.args) :]
     return [*step.args, *(step.kwargs[a.name] for a in rest if a.name in step.kwargs)]
-
-
-def _run(step: Step, values: list[torch.Tensor], probe: Mapping[str, int]) -> list[torch.Tensor]:
-    """A step's results on tensors without data."""
-
-    def concrete(arg: Any) -> Any:
-        match arg:
-            case list():
-                return [concrete(a) for a in arg]
-            case Slot(id=slot):
-                return values[slot]
-            case Size(expr=text):
-                return evaluate(text, probe)
-            case DType(name=name):
-                return getattr(torch, name)
-        return arg
-
-    op = operator_of(step.op)
-    assert op is not None, step.op
-    kwargs = {name: concrete(arg) for name, arg in step.kwargs.items()}
-    if any(a.name == "device" and a.kwarg_only for a in op._schema.arguments):
-        kwargs["device"] = "meta"
-    result = op(*map(concrete, step.args), **kwargs)
-    return [] if result is None else list(result) if isinstance(result, (list, tuple)) else [result]
 
 
 __all__ = ["COLLECTIVE", "Collective", "CollectivesError", "check_ranks", "collectives_of"]

@@ -11,7 +11,8 @@ from typing import Final
 from atomc.errors import AtomcError
 
 Evaluate = Callable[[Mapping[str, int]], int]
-MAX_LENGTH: Final = 1000  # characters; also bounds how deep an expression nests
+MAX_LENGTH: Final = 1000  # characters
+MAX_DEPTH: Final = 256  # operators within one another: each is a call when the size is worked out
 _BINARY: dict[type[ast.operator], Callable[[int, int], int]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -42,20 +43,22 @@ def parse(text: str, symbols: Set[str] | None = None) -> Evaluate:
     return _build(tree, text, symbols)
 
 
-def _build(tree: ast.expr, text: str, symbols: Set[str] | None) -> Evaluate:
+def _build(tree: ast.expr, text: str, symbols: Set[str] | None, depth: int = 0) -> Evaluate:
+    if depth > MAX_DEPTH:
+        raise ExpressionError(f"{text[:40]!r}… is not a size expression: it nests deeper than {MAX_DEPTH}")
     match tree:
         case ast.Constant(value=int() as value) if not isinstance(value, bool):
             return lambda _: value
         case ast.Name(id=name) if symbols is None or name in symbols:
             return lambda env: env[name]
         case ast.UnaryOp(op=ast.USub(), operand=operand):
-            inner = _build(operand, text, symbols)
+            inner = _build(operand, text, symbols, depth + 1)
             return lambda env: -inner(env)
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
             if isinstance(op, (ast.FloorDiv, ast.Mod)):
                 _positive(right, text)
             apply = _BINARY[type(op)]
-            a, b = _build(left, text, symbols), _build(right, text, symbols)
+            a, b = (_build(side, text, symbols, depth + 1) for side in (left, right))
             return lambda env: apply(a(env), b(env))
         case ast.Name(id=name):
             raise ExpressionError(f"{text!r} uses the unknown symbol {name!r}; known: {sorted(symbols or ())}")

@@ -62,7 +62,7 @@ def _show_ranks(what: str) -> None:
 
     if is_artifact(what) and read_ranks(Path(what)):
         stdout().print()
-        layouts.show(verify_collectives(Path(what)))
+        layouts.show(verify_collectives(Path(what), hashed=True))  # by `_explanation`
 
 
 def _check_options(what: str, both: bool, target: str | None, scheme: str | None) -> None:

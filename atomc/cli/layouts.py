@@ -17,14 +17,15 @@ def as_data(found: Proven) -> dict[str, Any]:
         "collectives": {form: [str(c) for c in sent] for form, sent in found.collectives.items()},
         "bytes_a_row": {kind: found.bytes_a_row(kind) for kind in found.plan.steps},
         "longest_step": found.proof.longest, "kinds_of_steps": found.proof.steps,
-        "states_compared": found.proof.states,
     }  # fmt: skip
 
 
 def line(found: Proven) -> str:
     """A layout in a summary."""
     steps = ", ".join(f"{kind} by {form}" for kind, form in sorted(found.plan.steps.items()))
-    proof = f"{found.proof.longest} collectives a step at most, alike in {found.proof.states:,} states of a rank"
+    proof = (
+        f"{found.proof.longest} collectives a step at most, alike on all ranks in {found.proof.steps} kinds of steps"
+    )
     return f"{found.plan.layout}: {steps}; {proof}"
 
 

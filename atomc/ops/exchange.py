@@ -106,7 +106,7 @@ def join_columns(x: torch.Tensor, ranks: int) -> torch.Tensor:
     "local_experts(Tensor indices, SymInt first, int experts) -> Tensor",
     tokens="indices",
     spec="2.8, 3.7",
-    fake=lambda indices, *_: torch.empty_like(indices, dtype=torch.int64),
+    fake=lambda indices, *_: indices.new_empty(indices.shape, dtype=torch.int64),
 )
 def local_experts(indices: torch.Tensor, first: int, experts: int) -> torch.Tensor:
     """Numbers of experts [T, k] counted from the rank's own `first`; -1 where another rank has them, or nobody (-1)."""

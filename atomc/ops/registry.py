@@ -32,6 +32,7 @@ class Op:
         cpu: what the cpu target runs: the reference, or plain torch that does the same with fewer operations.
         tokens: the name of the argument whose dim 0 counts tokens (or rows of work), for cost formulas and chunking.
         spec: where the mathematics is specified (section of the model specification).
+        described: whether shapes and dtypes of its results are said apart from the reference.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Op:
     tokens: str
     spec: str
     cpu: Reference
+    described: bool
 
     @property
     def overload(self) -> torch._ops.OpOverload:
@@ -82,7 +84,7 @@ def define(
         LIBRARY.define(schema)
         LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake or reference, lib=LIBRARY)
-        OPS[name] = Op(name, schema, reference, tokens, spec, reference)
+        OPS[name] = Op(name, schema, reference, tokens, spec, reference, fake is not None)
         return reference
 
     return decorate

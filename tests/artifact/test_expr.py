@@ -32,7 +32,7 @@ def test_an_integer_needs_no_parsing() -> None:
     [
         "", "T +", "T / 2", "T ** 2", "T // 0", "T // B", "T % 0", "4 // -2", "T.real", "f(T)", "T[0]", "1.5", "True",
         "'a'", "T if B else 1", "__import__('os')", "lambda: T", "(T, B)", "T and B", "Q", "T\x00",
-        "(" * 150, "1+" * 5000,
+        "(" * 150, "1+" * 5000, "1+" * 400 + "1", "-" * 300 + "T",
     ],
 )  # fmt: skip
 def test_nothing_else_parses(text: str) -> None:
