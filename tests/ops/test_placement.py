@@ -20,7 +20,8 @@ def at(placement: Placement, *shape: int, dtype: torch.dtype = torch.float32) ->
 
 
 def test_every_operator_of_ours_has_a_rule() -> None:
-    assert {f"atom.{name}.default" for name in OPS} - set(RULES) == set()
+    ours = {f"atom.{name}.default" for name, op in OPS.items() if op.reference.__module__.startswith("atomc.")}
+    assert ours - set(RULES) == set()
 
 
 CASES: list[tuple[str, tuple[Any, ...], tuple[int, ...], Placement]] = [

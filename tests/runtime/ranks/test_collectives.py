@@ -182,8 +182,8 @@ def lose_one(run: Fakes, tmp_path: Path, ranks: tuple[int, ...], what: str, insi
     (message,) = errors
     (rank,) = ranks
     (step,) = steps_told(tmp_path).values()
-    # Between two beats: a place is told with the next one, a step at once.
-    place = r"(, at collective \d)?" if what in ("SIGKILL", "raise") else f", at collective {at if inside else at - 1}"
+    # A step is told at once, a place with the next beat: only who sleeps has surely told it.
+    place = f", at collective {at if inside else at - 1}" if what == "sleep" else r"(, at collective \d)?"
     place = place if at > 1 or inside else ""
     pattern = (
         rf"Rank {rank} of {run.layout.ranks} was lost in step {step} \(running it{place}\): {why}( \(seen by .*)?\."
