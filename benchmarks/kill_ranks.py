@@ -397,18 +397,16 @@ def summary(points: Sequence[Point]) -> dict[str, Any]:
     def counts(keys: Sequence[str]) -> dict[str, int]:
         return dict(sorted(Counter(keys).items()))
 
+    fronts, ranks = [[p for p in points if (FRONT in p.targets) == front] for front in (True, False)]
     return {
         "points": len(points),
         "with_a_problem": sum(bool(point.problems) for point in points),
         "mended": sum(bool(point.mended) for point in points),
         "signals": counts([point.signal for point in points]),
-        "targets": counts(
-            ["front end" if FRONT in p.targets else f"{len(p.targets)} of {p.nproc} ranks" for p in points]
-        ),
+        "targets": counts(["front end" for _ in fronts] + [f"{len(p.targets)} of {p.nproc} ranks" for p in ranks]),
         "stages": counts([point.stage or "not told" for point in points]),
         "longest_client_seconds": {
-            lost: max([p.client_seconds for p in points if (FRONT in p.targets) == (lost == "front end")], default=0.0)
-            for lost in ("ranks", "front end")
+            lost: max([p.client_seconds for p in of], default=0.0) for lost, of in (("ranks", ranks), ("front end", fronts))
         },
         "longest_end_seconds": {how: max([p.end_seconds for p in points if p.signal == how], default=0.0)
                                 for how in ("SIGKILL", "SIGSTOP")},

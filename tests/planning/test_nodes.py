@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -30,8 +31,15 @@ from tests.support.sharded import CONFIG
 MI355X = get_target("mi355x")
 
 
-@cache
 def flash() -> tuple[Any, ...]:
+    """V4-Flash without weights, the options, and its graphs, which passes may change."""
+    source, options, program = _flash()
+    regions = [replace(region, gm=copy.deepcopy(region.gm)) for region in program.regions]
+    return source, options, replace(program, regions=regions)
+
+
+@cache
+def _flash() -> tuple[Any, ...]:
     source = open_model("deepseek-v4-flash", with_weights=False)
     options = Options(dtype="bfloat16", with_weights=False)
     serving = serving_facts(source, check_limits(options, source.config))
