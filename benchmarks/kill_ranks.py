@@ -397,7 +397,7 @@ def summary(points: Sequence[Point]) -> dict[str, Any]:
     def counts(keys: Sequence[str]) -> dict[str, int]:
         return dict(sorted(Counter(keys).items()))
 
-    fronts, ranks = [[p for p in points if (FRONT in p.targets) == front] for front in (True, False)]
+    fronts, ranks = ([p for p in points if (FRONT in p.targets) == front] for front in (True, False))
     return {
         "points": len(points),
         "with_a_problem": sum(bool(point.problems) for point in points),
@@ -406,11 +406,13 @@ def summary(points: Sequence[Point]) -> dict[str, Any]:
         "targets": counts(["front end" for _ in fronts] + [f"{len(p.targets)} of {p.nproc} ranks" for p in ranks]),
         "stages": counts([point.stage or "not told" for point in points]),
         "longest_client_seconds": {
-            lost: max([p.client_seconds for p in of], default=0.0) for lost, of in (("ranks", ranks), ("front end", fronts))
+            "ranks": max([p.client_seconds for p in ranks], default=0.0),
+            "front end": max([p.client_seconds for p in fronts], default=0.0),
         },
-        "longest_end_seconds": {how: max([p.end_seconds for p in points if p.signal == how], default=0.0)
-                                for how in ("SIGKILL", "SIGSTOP")},
-    }  # fmt: skip
+        "longest_end_seconds": {
+            how: max([p.end_seconds for p in points if p.signal == how], default=0.0) for how in ("SIGKILL", "SIGSTOP")
+        },
+    }
 
 
 def main() -> int:
