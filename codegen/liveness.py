@@ -15,7 +15,7 @@ import msgspec
 
 from atomc.artifact.buffers import Buffer
 from atomc.artifact.order import apart
-from atomc.artifact.plan import RegionInput, RegionPlan, Role, SlotInfo, Step, slots_of
+from atomc.artifact.plan import RegionInput, RegionPlan, Role, SlotInfo, Step, held_until, slots_of
 from atomc.codegen.memory import place
 from atomc.codegen.streams import assign
 
@@ -90,6 +90,8 @@ def _last_uses(values: list[Value], steps: list[Step], first: list[int]) -> dict
     for at, step in enumerate(steps):
         for slot in (*slots_of(step), *scratch_of(step)):
             last[values[slot].owner] = max(last[values[slot].owner], at)
+    for at, slot in held_until(steps):
+        last[values[slot].owner] = max(last[values[slot].owner], at)
     return last
 
 

@@ -3,12 +3,12 @@
 Contract:
     For two chunked regions of which one follows the other. The last collective of the first region's second half is
     left open: its `wait_tensor` and all that needs its result (no other collective, no write, no weight) move to the
-    start of the next region, and what these read is carried over, the open collective's result first. Together the
-    regions compute what they did. Where nothing may move, both stay as they are. `atomc.parallel.borders` says the same
-    of tasks.
+    start of the next region, and what these read is carried over, the open collective's result first. What it was given
+    is carried too, though nobody reads it: its memory is not free before the wait. Together the regions compute what
+    they did. Where nothing may move, both stay as they are. `atomc.parallel.borders` says the same of tasks.
 
 Terms:
-    carried   results of the first region that only the moved nodes of the next one read
+    carried   results of the first region that are the next one's alone
 
 Pseudo-code:
     moved = the wait of the last collective of half 1, and its forward closure
@@ -80,13 +80,13 @@ def stitch(first: Region, second: Region) -> bool:
     if not wanted.keys() <= bound.keys():
         return False
     carried = _carried(moved)
-    given = _prepend(first, second, moved, carried, {bound[name]: node for name, node in wanted.items()})
+    given, sizes = _prepend(first, second, moved, carried, {bound[name]: node for name, node in wanted.items()})
     stays = tuple(at for at in range(count) if at not in gone)
     _output(first.gm).args = ((*results[:count], *(results[count + at] for at in stays), *carried),)
     for node in reversed(moved):
         first.gm.graph.erase_node(node)
     first.ctx.chunked = replace(first.chunked, second=stays, carried=len(carried))
-    second.ctx.chunked = replace(second.chunked, given=given)
+    second.ctx.chunked = replace(second.chunked, given=given, given_sizes=sizes)
     return True
 
 
@@ -107,17 +107,20 @@ def movable(gm: GraphModule) -> list[Node]:
 
 
 def _carried(moved: Sequence[Node]) -> list[Node]:
-    """What the moved nodes read: the open collective's result first."""
-    found = dict.fromkeys(n for node in moved for n in node.all_input_nodes if n not in moved)
+    """The open collective's result, what it was given, and what else the moved nodes read."""
     first = moved[0].args[0]
     assert isinstance(first, Node)
-    return [first, *(n for n in found if n is not first)]
+    read = [n for node in moved for n in node.all_input_nodes if n not in moved]
+    return list(dict.fromkeys([first, first.all_input_nodes[0], *read]))
 
 
 def _prepend(
     first: Region, second: Region, moved: Sequence[Node], carried: Sequence[Node], results: Mapping[str, Node]
-) -> tuple[str, ...]:
-    """Put copies of the moved nodes at the start of the second region; returns the placeholders of what is carried."""
+) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Put copies of the moved nodes at the start of the second region.
+
+    Returns the placeholders of what is carried, and the meanings of size symbols that the region had not.
+    """
     graph = second.gm.graph
     values = [n.meta.get("val") for n in graph.nodes]
     sizes = _Sizes(first.meanings(), {meaning: name for name, meaning in second.meanings().items()}, values)
@@ -137,7 +140,7 @@ def _prepend(
     for placeholder, result in results.items():
         inputs[placeholder].replace_all_uses_with(copies[result])
         graph.erase_node(inputs[placeholder])
-    return tuple(copies[node].name for node in carried)
+    return tuple(copies[node].name for node in carried), sizes.new
 
 
 class _Sizes:
@@ -151,6 +154,7 @@ class _Sizes:
         self.env: ShapeEnv = symbolic[0].node.shape_env
         self.known = {str(symbol): symbol for s in symbolic for symbol in s.node.expr.free_symbols}
         self.made: dict[Any, Any] = {}
+        self.new: dict[str, str] = {}  # symbol that is made here -> what it means
 
     def of(self, value: Any) -> Any:
         """The value; lists opened."""
@@ -165,9 +169,11 @@ class _Sizes:
             return size
         for symbol in size.node.expr.free_symbols:
             if symbol not in self.made:
-                name = self.names.get(self.meanings.get(str(symbol), ""))
-                found = self.known.get(name) if name else None
+                meaning = self.meanings.get(str(symbol), "")
+                found = self.known.get(self.names.get(meaning, ""))
                 self.made[symbol] = found if found is not None else twin_symbol(self.env, size.node.shape_env, symbol)
+                if found is None and meaning:
+                    self.new[str(self.made[symbol])] = meaning
         return self.env.create_symintnode(size.node.expr.xreplace(self.made), hint=None)
 
 

@@ -90,7 +90,8 @@ class Chunked:
         symbols: size symbol of the whole, which the first half keeps -> that of the second half.
         second: places of the results that the second half gives, where some moved over a border (`passes.borders`);
             None: all. carried: how many results come after them, for the moved nodes of the next region.
-        given: placeholders of what the region before carries.
+        given: placeholders of what the region before carries. given_sizes: size symbols in them that the region has
+            not otherwise -> what they mean, in the second half.
     """
 
     inputs: Mapping[str, tuple[str, str]]
@@ -99,6 +100,7 @@ class Chunked:
     second: tuple[int, ...] | None = None
     carried: int = 0
     given: tuple[str, ...] = ()
+    given_sizes: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from atomc.artifact.expr import evaluate
 from atomc.artifact.plan import ALIGNMENT, DTYPE_BYTES, CallPlan, RegionPlan, SlotInfo
-from atomc.parallel.sizes import AGREED, COUNTED
+from atomc.parallel.sizes import AGREED, COUNTED, HALVES, of_half
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,9 @@ def of_bucket(symbols: Mapping[str, int], tokens: int) -> dict[str, int]:
 
     Of a rank's step `tokens` is what the ranks agreed on, so that no rank has more, or sends more to another.
     """
-    small = {"T", "L", AGREED, *(name for name in symbols if name.startswith(COUNTED))}
+    whole = ("T", "L", AGREED)
+    small = {*whole, *(of_half(name, half) for name in whole for half in HALVES)}
+    small |= {name for name in symbols if name.startswith(COUNTED)}
     return {name: min(size, tokens) if name in small else size for name, size in symbols.items()}
 
 

@@ -9,6 +9,7 @@ Terms: see `atomc.artifact.plan`. A *problem* is one sentence that begins with t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
@@ -19,6 +20,7 @@ from atomc.artifact.check_region import Problems, check_region, sizes
 from atomc.artifact.manifest import Manifest, Serving
 from atomc.artifact.plan import DTYPE_BYTES, PROBES, ProgramPlan, RegionPlan, SlotInfo
 from atomc.artifact.ranks import FILE, RanksPlan
+from atomc.parallel.sizes import HALVES, of_half
 
 PROGRAM: Final = "plan/program.json"
 RESULT: Final = "logits"
@@ -47,6 +49,7 @@ def check_program(
     programs = {PROGRAM: program} | {
         f"plan/{FILE}: {plan.layout}, {form}": plan.program(form, program) for plan in ranks for form in plan.forms
     }
+    halved = {f"plan/{FILE}: {p.layout}, {name}" for p in ranks for name, form in p.forms.items() if form.halves}
     called = {call.region for known in programs.values() for call in known.calls}
     done: set[str] = set()
     for where, known in programs.items():
@@ -54,10 +57,12 @@ def check_program(
         for name in sorted(own.keys() - done):
             if own[name].name != name:
                 problems.add(f"plan/{name}.json", f"its name is {own[name].name!r}")
-            check_region(problems, own[name], batch_shapes(serving), known.symbols)
+            check_region(problems, own[name], batch_shapes(serving, own[name].halves), known.symbols)
+            if own[name].halves != (where in halved):
+                problems.add(where, f"calls {name}, which {'has' if own[name].halves else 'has not'} two micro-batches")
         done |= own.keys()
         if not problems.found:  # calls are checked against regions that are right in themselves
-            _check_calls(problems, where, known, own, serving)
+            _check_calls(problems, where, known, own, serving, where in halved)
         if not problems.found:
             _check_memory(problems, where, known, own, known.symbols)
     for name in sorted(regions.keys() - called):
@@ -67,13 +72,25 @@ def check_program(
     problems.raise_for(folder)
 
 
-def batch_shapes(serving: Serving) -> dict[str, list[int | str]]:
-    """Shape of each field of `atomc.ops.Batch`; all are int32."""
-    return {
+def batch_shapes(serving: Serving, halves: bool = False) -> dict[str, list[int | str]]:
+    """Shape of each field of `atomc.ops.Batch`, or of those of its two micro-batches; all are int32."""
+    whole: dict[str, list[int | str]] = {
         "ids": ["T"], "positions": ["T"], "requests": ["T"], "query_start": ["B+1"], "slots": ["B"],
         "window_table": ["B", serving.window_table_width], "block_table": ["B", serving.block_table_width],
         "csa_ends": ["N4"], "hca_ends": ["NH"], "logit_rows": ["L"],
     }  # fmt: skip
+    if not halves:
+        return whole
+    return {of_batch(name, half): _halved(shape, half) for name, shape in whole.items() for half in HALVES}
+
+
+def of_batch(name: str, half: int) -> str:
+    """A field of the batch, or a value, of a micro-batch."""
+    return f"{name}.{half}"
+
+
+def _halved(shape: Sequence[int | str], half: int) -> list[int | str]:
+    return [re.sub(r"[A-Z]\w*", lambda m: of_half(m.group(), half), n) if isinstance(n, str) else n for n in shape]
 
 
 def _check_facts(problems: Problems, manifest: Manifest, program: ProgramPlan) -> None:
@@ -103,8 +120,9 @@ def _check_facts(problems: Problems, manifest: Manifest, program: ProgramPlan) -
 
 
 def _check_calls(
-    problems: Problems, file: str, program: ProgramPlan, regions: Mapping[str, RegionPlan], serving: Serving
-) -> None:
+    problems: Problems, file: str, program: ProgramPlan, regions: Mapping[str, RegionPlan], serving: Serving,
+    halves: bool,
+) -> None:  # fmt: skip
     """Each call's inputs exist when it runs, with the shape and dtype its region expects."""
     values: Specs = {}
     states = _states(problems, program)
@@ -126,8 +144,9 @@ def _check_calls(
                 name = call.prefix + item.name
                 _expect(problems, where, f"state {name!r}", states.get(name), info)
         values |= {name: _spec(region.slots[slot]) for name, slot in region.outputs.items()}
-    logits = SlotInfo(RESULT, "value", ["L", serving.vocab_size], "float32", None, 0, 0, None)
-    _expect(problems, f"{file}: result", f"value {RESULT!r}", values.get(RESULT), logits)
+    for name, rows in [(of_batch(RESULT, h), of_half("L", h)) for h in HALVES] if halves else [(RESULT, "L")]:
+        logits = SlotInfo(name, "value", [rows, serving.vocab_size], "float32", None, 0, 0, None)
+        _expect(problems, f"{file}: result", f"value {name!r}", values.get(name), logits)
 
 
 def _states(problems: Problems, program: ProgramPlan) -> Specs:

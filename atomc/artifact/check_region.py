@@ -25,12 +25,13 @@ from atomc.artifact.plan import (
     Slot,
     SlotInfo,
     Step,
+    held_until,
     slots_in,
     slots_of,
 )  # fmt: skip
 from atomc.artifact.store import ArtifactError
 from atomc.ops.library import CALLS
-from atomc.parallel.sizes import COUNTED
+from atomc.parallel.sizes import COUNTED, of_half
 
 COLLECTIVE: Final = "_c10d_functional"
 NAMESPACES: Final = ("aten", "atom", COLLECTIVE)
@@ -195,8 +196,8 @@ def _launches(step: Step, region: RegionPlan, there: set[int], bounds: Mapping[s
     tokens = [bucket.tokens for bucket in step.buckets]
     if tokens != sorted(set(tokens)) or any(n < 1 for n in tokens):
         yield f"its buckets are for {tokens} tokens"
-    elif tokens and tokens[-1] < bounds["T"]:
-        yield f"its buckets end at {tokens[-1]} tokens, and a step may have {bounds['T']}"
+    elif tokens and tokens[-1] < (most := bounds[of_half("T", 0) if region.halves else "T"]):
+        yield f"its buckets end at {tokens[-1]} tokens, and a step may have {most}"
     if wrong := sorted(s for s in _scratch(step) if not 0 <= s < len(region.slots)):
         yield f"scratch slots {wrong} are out of range"
         return
@@ -355,6 +356,8 @@ def _lifetimes(problems: Problems, region: RegionPlan, batch: object, bounds: ob
             first[slot] = at
         for slot in (*made, *slots_of(step)):
             last[owner[slot]] = at
+    for at, slot in held_until(region.steps):
+        last[owner[slot]] = max(last[owner[slot]], at)
     for slot in region.outputs.values():
         last[owner[slot]] = len(region.steps)
     released = {slot: at for at, step in enumerate(region.steps) for slot in step.release}

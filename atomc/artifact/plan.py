@@ -5,21 +5,25 @@ Sizes are integer expressions of the artifact's symbols (`4*T`, `T//4 + B`), see
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final, Literal, TypeAlias
 
 import msgspec
 
-from atomc.parallel.sizes import AGREED, COUNTED, INDEX
+from atomc.parallel.kinds import KINDS, WAIT
+from atomc.parallel.sizes import AGREED, COUNTED, INDEX, STEP
 
 # T tokens, B requests, N4 / NH completed CSA / HCA windows, L wanted logits; sizes of the pools of state.
-SYMBOLS: Final = ("T", "B", "N4", "NH", "L", "window_pages", "blocks", "slots")
+SYMBOLS: Final = (*STEP, "window_pages", "blocks", "slots")
 
 
 class Probe(dict[str, int]):
-    """Example sizes; of a counted one by its number."""
+    """Example sizes; of a counted one by its number, of a micro-batch by those of the step."""
 
     def __missing__(self, name: str) -> int:
+        whole, _, half = name.rpartition("_")
+        if half in ("0", "1") and whole in (*STEP, AGREED):
+            return self[whole] + 68 * int(half)  # which no other size is
         if not (name.startswith(COUNTED) and name[1:].isdigit()):
             raise KeyError(name)
         return 2 * int(name[1:]) + self["slots"]
@@ -178,6 +182,10 @@ class RegionPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         prepare: steps that read weights only; they run once, when the artifact is loaded, and what they make (slots of
             role `prepared`) stays: packed weights expanded for a target that cannot multiply them as they are.
         arena_bytes: what the temporaries need at the largest sizes.
+        halves: it does a step in two micro-batches (`passes.chunk`). Fields of the batch, values and results are there
+            once for each, `ids.0` and `ids.1`, and so are sizes, `T_0` and `T_1`. Results and inputs `carried.0`, ... are
+            what the next region needs of a collective that it waits for: what the collective gives, what it was given,
+            and what else the steps read that follow it (`passes.borders`).
     """
 
     name: str
@@ -187,6 +195,15 @@ class RegionPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     prepare: list[Step]
     steps: list[Step]
     arena_bytes: int
+    halves: bool = False
+
+
+def carried(number: int) -> str:
+    """The name of something that a region in two micro-batches hands to the next."""
+    return f"{CARRIED}{number}"
+
+
+CARRIED: Final = "carried."
 
 
 class CallPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -219,6 +236,17 @@ class ProgramPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     states: dict[str, list[StateTensor]]
     values_bytes: int
     arena_bytes: int
+
+
+def held_until(steps: Sequence[Step]) -> Iterator[tuple[int, int]]:
+    """(the step that waits for a collective, the slot that it was given): until then its memory is in use."""
+    given: dict[int, int] = {}  # what a collective gives -> what it was given
+    for at, step in enumerate(steps):
+        first = next((slot for arg in step.args[:1] for slot in slots_in(arg)), None)
+        if step.op in KINDS and first is not None:
+            given |= {slot: first for slot in step.outputs if slot is not None}
+        elif step.op == WAIT and first in given:
+            yield at, given[first]
 
 
 def slots_in(arg: Arg) -> Iterator[int]:

@@ -31,11 +31,23 @@ class Cut(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults
 
 
 class FormPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One way to run a step: the calls in order, and the memory that it takes (see `ProgramPlan`)."""
+    """One way to run a step: the calls in order, and the memory that it takes (see `ProgramPlan`).
+
+    `halves`: in two micro-batches (see `RegionPlan`).
+    """
 
     calls: list[CallPlan]
     values_bytes: int
     arena_bytes: int
+    halves: bool = False
+
+
+class Overlap(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """From messages of `least` rows on, steps take a form in two micro-batches; `why` that many, for the user."""
+
+    form: str
+    least: int
+    why: str
 
 
 class RanksPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -47,7 +59,7 @@ class RanksPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         symbols: largest values of the sizes, those of the ranks included.
         cuts: weight, by its name in a region -> how it is cut, the outer axis first; one that is not here is whole.
         forms: name -> what a step runs. steps: kind of a step -> form. A step is `prefill` where some rank computes a
-            part of a prompt.
+            part of a prompt. overlap: kind of a step -> which of them take another form, in two micro-batches.
     """
 
     layout: str
@@ -56,6 +68,12 @@ class RanksPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     cuts: dict[str, list[Cut]]
     forms: dict[str, FormPlan]
     steps: dict[Kind, str]
+    overlap: dict[Kind, Overlap] = {}
+
+    def form(self, kind: Kind, rows: int) -> str:
+        """The form of a step of that kind with so many rows in a message, which all ranks know."""
+        known = self.overlap.get(kind)
+        return known.form if known is not None and rows >= known.least else self.steps[kind]
 
     @property
     def mesh(self) -> Mesh:

@@ -65,11 +65,6 @@ def has_halves(most: int) -> bool:
     return most > 1
 
 
-def half_rows(most: int) -> tuple[int, int]:
-    """Rows of each half's messages, the same on all ranks: those of the rank with most tokens, cut at their middle."""
-    return (most + 1) // 2, most // 2
-
-
 def middle(query_start: torch.Tensor, *, by_requests: bool) -> int:
     """The token at which a rank's step is cut in two; all of it is the first half where it has one token, or request.
 
