@@ -1,5 +1,4 @@
-"""Kill or stop ranks of a serving run, or its front end, at random moments, many times: does anybody hang, is any
-answer wrong?
+"""Kill or stop ranks of a serving run, or its front end, many times: does anybody hang, is any answer wrong?
 
     python benchmarks/kill_ranks.py ARTIFACT --points 200 --nproc 2 3 4 --json benchmarks/results/kill_ranks.json
 
@@ -40,8 +39,7 @@ import httpx
 
 SILENT_MS: Final = 3000
 BOUND_SECONDS: Final = 10.0
-# How long a server whose run has failed still answers, from when it knows.
-LINGER_SECONDS: Final = 1.0
+LINGER_SECONDS: Final = 1.0  # that a server whose run has failed still answers, from when it knows
 MARK: Final = "KILL_RANKS_POINT"
 PROMPTS = (
     "def fibonacci(n):",
