@@ -179,7 +179,7 @@ def compile_model(
     regions = {name: plan for name, (plan, _) in lowered.items()}
     plan = link(program, compiled, regions, serving)
     every = dict(regions)
-    cutting = Cutting(compiled, plan, every, target, options.dump_ir, progress)
+    cutting = Cutting(compiled, plan, every, target, source.config, serving, options.dump_ir, progress)
     plans = [cutting.layout(layout) for layout in ranked]
     variants = {k: v for _, made in lowered.values() for k, v in made.items()} | cutting.kernels
     if missing := [m for region in regions.values() for m in missing_kernels(region, target)]:

@@ -8,7 +8,6 @@ Terms:
 from __future__ import annotations
 
 import copy
-import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -17,22 +16,24 @@ from pathlib import Path
 import msgspec
 from torch.fx import GraphModule
 
+from atomc.artifact.agreement import in_halves
+from atomc.artifact.manifest import Serving
 from atomc.artifact.plan import CallPlan, ProgramPlan, RegionPlan
-from atomc.artifact.ranks import FormPlan, Kind, RanksPlan, cuts_of
+from atomc.artifact.ranks import KINDS, FormPlan, Kind, Overlap, RanksPlan, cuts_of
 from atomc.codegen.device import Variant as Kernel
 from atomc.codegen.memory import program_values_bytes
 from atomc.codegen.missing import missing_kernels, refuse
-from atomc.formats import FP8_TILE, MXFP4
-from atomc.formats import Layout as Format
+from atomc.dividing import model_sizes
+from atomc.halves import Halving, Largest, overlapped
 from atomc.models.deepseek_v4.config import DeepseekV4Config
 from atomc.models.deepseek_v4.sharding import placement_of, promised_cuts
 from atomc.ops.placement import Placement, Shard
-from atomc.parallel.layout import Layout, LayoutError, ModelSizes, parse_layout
-from atomc.parallel.sizes import bounds
+from atomc.parallel.layout import Layout, parse_layout
+from atomc.parallel.sizes import COUNTED, bounds
 from atomc.passes import pipelines
-from atomc.passes.runner import run_pipeline
-from atomc.passes.scheme import Rule, Scheme
-from atomc.passes.shard import Form, ShardGraph
+from atomc.passes.runner import Row, run_pipeline
+from atomc.passes.scheme import Scheme
+from atomc.passes.shard import Form, ShardGraph, form_of
 from atomc.regions import Compiled, copy_context, lower
 from atomc.targets import Target
 
@@ -55,47 +56,10 @@ def layouts_of(texts: Iterable[str]) -> tuple[Layout, ...]:
     """The layouts that `--parallel` spells, without that of one rank, which is always there.
 
     Raises:
-        LayoutError: one cannot be read, or overlaps batches.
+        LayoutError: one cannot be read.
     """
     found = tuple(dict.fromkeys(parse_layout(text) for text in texts))
-    for layout in found:
-        if layout.tbo != "off":
-            raise LayoutError(f"--parallel {layout}: batches cannot be overlapped yet; leave tbo out.")
-    return tuple(layout for layout in found if layout.ranks > 1)
-
-
-def model_sizes(config: DeepseekV4Config, scheme: Scheme) -> ModelSizes:
-    """The numbers that a layout has to divide, in blocks that are rounded together where the scheme has such."""
-
-    def blocks(kind: str, path: str, stored: str | None, rows: bool = False) -> list[int]:
-        found = scheme.rule(kind, (path,))
-        if found is None:
-            return []
-        return [_block(text, rows) for text in (_stored(found[1], stored), found[1].activation) if text and ":" in text]
-
-    experts = {"fp4": str(MXFP4), "fp8": str(FP8_TILE)}.get(config.expert_dtype) if config.quantized else None
-    dense = str(FP8_TILE) if config.quantized else None
-    inner = [n or config.moe_intermediate_size for n in blocks("experts", "ffn.experts.w13", experts)]
-    ranks, head = config.o_lora_rank, config.head_dim
-    return ModelSizes(
-        config.num_attention_heads, config.o_groups, config.n_routed_experts, config.moe_intermediate_size,
-        config.vocab_size, math.lcm(1, *inner),
-        {
-            "rows of wq_b": (config.num_attention_heads * head, blocks("linear", "attn.wq_b", dense, rows=True)),
-            "rows of wo_a": (config.o_groups * ranks, blocks("grouped_output", "attn.wo_a", dense, rows=True)),
-            "columns of wo_b": (config.o_groups * ranks, blocks("linear", "attn.wo_b", dense)),
-        },
-    )  # fmt: skip
-
-
-def _stored(rule: Rule, stored: str | None) -> str | None:
-    return stored if rule.weight == "stored" else rule.weight
-
-
-def _block(text: str, rows: bool) -> int:
-    """Columns, or rows, that have one scale; 0: all of them have."""
-    layout = Format.parse(text)
-    return layout.rows if rows else layout.columns
+    return tuple(layout for layout in found if layout.ranks > 1 or layout.tbo != "off")
 
 
 @dataclass(frozen=True)
@@ -121,19 +85,15 @@ class Variant:
 
 
 def variants_of(layout: Layout, target: Target) -> dict[Kind, Variant]:
-    """Which form a step of each kind takes.
-
-    On a GPU all steps gather: what routes has sizes that only running tells, and no kernel is chosen for such.
-    """
-    gather = Variant(layout, "gather")
-    routes = layout.moe == "ep" and layout.dp > 1 and not target.is_gpu
-    return {"prefill": Variant(layout, "route") if routes else gather, "decode": gather}
+    """By what a step of each kind is cut."""
+    return {kind: Variant(layout, form_of(layout, target, kind)) for kind in KINDS}
 
 
 @dataclass
 class CutRegion:
     """A region after it was cut: its plan, and how its weights, by name, lie along the axes."""
 
+    compiled: Compiled
     plan: RegionPlan
     placements: Mapping[str, Mapping[str, Placement]]
 
@@ -150,28 +110,40 @@ class Linker:
         self.names = {_content(region): name for name, region in self.regions.items()}
 
     def layout(
-        self, layout: Layout, variants: Mapping[Kind, Variant], cut: Callable[[Variant], Mapping[str, CutRegion]]
+        self, layout: Layout, variants: Mapping[Kind, Variant], cut: Mapping[Variant, Mapping[str, CutRegion]]
     ) -> RanksPlan:
         """The plan of a layout; its regions are added to those of the artifact.
 
         Args:
-            cut: a variant's regions by the names that one rank's have.
+            cut: each variant's regions by the names that one rank's have.
         """
         forms: dict[str, FormPlan] = {}
         symbols: dict[str, int] = {}
         placements: dict[str, Mapping[str, Placement]] = {}
-        for variant in dict.fromkeys(variants.values()):
-            found = cut(variant)
+        for variant, found in cut.items():
             own = {name: self.shared(region.plan) for name, region in found.items()}
             calls = [CallPlan(own[c.region], c.prefix, c.binds) for c in self.whole.calls]
             symbols |= variant.bounds(self.whole.symbols)
-            values = program_values_bytes(calls, self.regions, symbols)
-            arena = max(self.regions[name].arena_bytes for name in own.values())
-            forms[variant.form] = FormPlan(calls, values, arena)
+            forms[variant.form] = self.form(calls, symbols)
             placements |= {path: known for region in found.values() for path, known in region.placements.items()}
         cuts = {path: cuts for path, known in sorted(placements.items()) if (cuts := cuts_of(known))}
         steps: dict[Kind, str] = {kind: variant.form for kind, variant in variants.items()}
         return RanksPlan(str(layout), list(layout.mesh.axes), symbols, cuts, forms, steps)
+
+    def halves(self, plan: RanksPlan, kind: Kind, least: int, regions: Iterable[RegionPlan]) -> RanksPlan:
+        """The plan with a form in two micro-batches, of a region for each call of the whole step."""
+        both = zip(self.whole.calls, regions, strict=True)
+        calls = [in_halves(call, self.regions[self.shared(region)]) for call, region in both]
+        name = f"{kind}_halves"
+        form = msgspec.structs.replace(self.form(calls, plan.symbols), halves=True)
+        return msgspec.structs.replace(
+            plan, forms=plan.forms | {name: form}, overlap=plan.overlap | {kind: Overlap(name, least)}
+        )
+
+    def form(self, calls: list[CallPlan], symbols: Mapping[str, int]) -> FormPlan:
+        """Calls, and the memory that they take."""
+        arena = max(self.regions[call.region].arena_bytes for call in calls)
+        return FormPlan(calls, program_values_bytes(calls, self.regions, symbols), arena)
 
     def shared(self, region: RegionPlan) -> str:
         """The name of the region of this content."""
@@ -200,21 +172,36 @@ class Cutting:
     """Cuts the regions of one rank for the ranks of layouts, and adds them to the artifact's.
 
     Attributes:
-        kernels: what their launches name, by key. graphs: the cut ones, by region.
+        kernels: what their launches name, by key. graphs, rows: of the cut ones, by region.
     """
 
     compiled: list[Compiled]
     whole: ProgramPlan
     regions: dict[str, RegionPlan]
     target: Target
+    config: DeepseekV4Config
+    serving: Serving
     dump_ir: Path | None = None
     progress: Progress = lambda *_: None
     kernels: dict[str, Kernel] = field(default_factory=dict)
     graphs: dict[str, GraphModule] = field(default_factory=dict)
+    rows: dict[str, list[Row]] = field(default_factory=dict)
 
     def layout(self, layout: Layout) -> RanksPlan:
         """The plan of a layout."""
-        return Linker(self.whole, self.regions).layout(layout, variants_of(layout, self.target), self.cut)
+        variants = variants_of(layout, self.target)
+        cut = {variant: self.cut(variant) for variant in dict.fromkeys(variants.values())}
+        linker = Linker(self.whole, self.regions)
+        plan = linker.layout(layout, variants, cut)
+        least, why = overlapped(self.config, layout, self.target, self.serving)
+        if least:
+            counted = sum(name.startswith(COUNTED) for name in plan.symbols)
+            symbols = bounds(self.whole.symbols, layout.mesh, counted, halves=True)
+            plan = msgspec.structs.replace(plan, symbols=symbols)
+        gather = Variant(layout, "gather")
+        for kind, rows in least.items():
+            plan = linker.halves(plan, kind, rows, self.halves(gather, kind, cut[gather], plan))
+        return msgspec.structs.replace(plan, why=why)
 
     def cut(self, variant: Variant) -> dict[str, CutRegion]:
         """Every region for one variant of a layout, by the name that one rank's has."""
@@ -223,14 +210,33 @@ class Cutting:
             name = one.region.name + variant.suffix
             self.progress(f"cut {name}", at, len(self.compiled))
             ours = cut_region(one, variant, self.target, self.dump_ir)
-            plan, kernels = lower(ours, variant.bounds(self.whole.symbols), self.target)
-            self.kernels |= kernels
-            if missing := missing_kernels(plan, self.target):
-                raise refuse(missing, self.target)
-            self.graphs[name] = ours.region.gm
             placements = placements_of(ours.ctx.module_paths, ours.ctx.placements)
-            found[one.region.name] = CutRegion(plan, placements)
+            found[one.region.name] = CutRegion(ours, self.lower(ours, variant.bounds(self.whole.symbols)), placements)
         return found
+
+    def halves(self, variant: Variant, kind: Kind, cut: Mapping[str, CutRegion], plan: RanksPlan) -> list[RegionPlan]:
+        """A region in two micro-batches for each call of the whole step."""
+        passed = (*pipelines.finding(target=self.target), variant.shard_pass(), *pipelines.emission(self.target))
+        halving = Halving(
+            {name: one.compiled for name, one in cut.items()}, variant.layout, variant.suffix,
+            Largest(kind, self.serving), self.target, self.config, passed, plan.forms[plan.steps[kind]].arena_bytes,
+        )  # fmt: skip
+        found: dict[str, RegionPlan] = {}
+        regions = halving.regions(self.whole.calls, lambda name, at: self.progress(f"halve {name}", at, 0))
+        for ours in regions:
+            if ours.region.name not in found:
+                found[ours.region.name] = self.lower(ours, plan.symbols)
+        return [found[ours.region.name] for ours in regions]
+
+    def lower(self, ours: Compiled, symbols: Mapping[str, int]) -> RegionPlan:
+        """The plan of a region that is cut."""
+        plan, kernels = lower(ours, symbols, self.target)
+        self.kernels |= kernels
+        if missing := missing_kernels(plan, self.target):
+            raise refuse(missing, self.target)
+        self.graphs[ours.region.name] = ours.region.gm
+        self.rows[ours.region.name] = ours.rows
+        return plan
 
 
 def cut_region(one: Compiled, variant: Variant, target: Target, dump_ir: Path | None = None) -> Compiled:

@@ -28,6 +28,7 @@ from torch.utils import _pytree as pytree
 from atomc.artifact.buffers import of_bucket
 from atomc.artifact.expr import ExpressionError, evaluate, names_in, parse
 from atomc.artifact.plan import (
+    CARRIED,
     PROBES,
     Arg,
     Bucket,
@@ -47,7 +48,7 @@ from atomc.codegen.hosts import Host, host_of
 from atomc.codegen.launches import Call, Place, SizeOf, argument, differs, kernel_key, place, record
 from atomc.codegen.liveness import Value, finish
 from atomc.errors import AtomcError
-from atomc.parallel.sizes import AGREED, COUNTED
+from atomc.parallel.sizes import AGREED, COUNTED, HALVES, of_half
 from atomc.targets import Target
 
 # Sizes of the trial run: distinct primes, so that no two dims agree by accident.
@@ -94,7 +95,8 @@ class Lowering:
         bound: list[RegionInput] = []
         for node in self.gm.graph.nodes:
             if node.op == "placeholder":
-                if node.users and isinstance(node.meta.get("val"), Tensor):
+                read = node.users or self.inputs.get(node.name, ("", ""))[1].startswith(CARRIED)
+                if read and isinstance(node.meta.get("val"), Tensor):
                     bound.append(self._input(node))
             elif node.op == "call_function":
                 self._call(node)
@@ -199,7 +201,8 @@ class Lowering:
         """The most rows of all ranks' tokens that an argument has; 0 where it has those of the rank, or none."""
         shape = self._shape(node.meta["val"], node)
         found = names_in(shape[0]) if shape else set()
-        gathered = AGREED in found or any(name.startswith(COUNTED) for name in found)
+        agreed = {AGREED, *(of_half(AGREED, half) for half in HALVES)}
+        gathered = bool(agreed & found) or any(name.startswith(COUNTED) for name in found)
         return evaluate(shape[0], most) if gathered else 0
 
     def _launches(self, calls: Sequence[Call], slots: Mapping[Place, int], size_of: SizeOf) -> list[Launch]:

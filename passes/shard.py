@@ -38,15 +38,28 @@ from atomc.errors import RecipeError
 from atomc.ops import placement_exchange as _rules
 from atomc.ops.placement import PARTIAL, REPLICATE, Mesh, Placement, PlacementError, Shard
 from atomc.parallel.collectives import WAIT, c10d
+from atomc.parallel.layout import Layout
 from atomc.parallel.propagate import Placed, place_node, sizes_of
 from atomc.parallel.sizes import AGREED, INDEX
 from atomc.passes.fuse import Emitter
 from atomc.passes.graph import PassError, aten, location, quiet, value_of
 from atomc.passes.runner import Context, Match, Pass, Report
+from atomc.targets import Target
 
 atom = torch.ops.atom
 Hint = Callable[[str, str, str], Placement]
 Form = Literal["gather", "route"]
+
+
+def form_of(layout: Layout, target: Target, kind: Literal["prefill", "decode"]) -> Form:
+    """Which form a step of a kind takes.
+
+    On a GPU all steps gather: what routes has sizes that only running tells, and no kernel is chosen for such.
+    """
+    routes = layout.moe == "ep" and layout.dp > 1 and kind == "prefill" and not target.is_gpu
+    return "route" if routes else "gather"
+
+
 F32 = torch.float32
 EXPERTS: dict[Any, tuple[int, int]] = {getattr(atom, name).default: count for name, count in _rules.EXPERTS.items()}
 

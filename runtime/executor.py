@@ -15,6 +15,7 @@ from atomc.artifact.order import SIDE_TOKENS, owners_of
 from atomc.artifact.plan import CallPlan, RegionPlan, StateTensor, slots_in
 from atomc.artifact.store import ArtifactError
 from atomc.ops import Batch
+from atomc.parallel.sizes import STEP
 from atomc.runtime.batch import idle_batch
 from atomc.runtime.bind import BoundStep, Environment, Sizes
 from atomc.runtime.errors import BatchError, ServingError
@@ -236,27 +237,27 @@ class Executor:
         sizes = self._sizes(batch)
         if self.graphs is not None and watch is None and (logits := self.graphs.step(batch)) is not None:
             return logits
-        return self._run(batch._asdict() if self.staging is None else self.staging.put(batch), sizes, watch)
+        return self._run(batch._asdict() if self.staging is None else self.staging.put(batch), sizes, watch)["logits"]
 
-    def _run(self, fields: Mapping[str, Tensor], sizes: Sizes, watch: Watch | None = None) -> Tensor:
+    def _run(self, fields: Mapping[str, Tensor], sizes: Sizes, watch: Watch | None = None) -> Mapping[str, Tensor]:
+        """The values that the calls leave."""
         values: dict[str, Tensor] = {}
         for call in self.calls:
             call.run(fields, values, sizes, watch)
             if self.gpu is not None:
                 self.gpu.join()
-        return values["logits"]
+        return values
 
     @torch.inference_mode()
     def _capture(self, staging: Staging, gpu: Gpu, aside: bool, dependent: bool) -> DecodeGraphs:
         """Graphs of decode steps; what they wrote is padding."""
-        names = ("T", "B", "N4", "NH", "L")
         pools = {name: self.pools.of(name) for name in ("window_pages", "blocks", "slots")}
 
         def run(fields: Mapping[str, Tensor], requests: int) -> Tensor:
             with gpu.on_streams(aside and requests <= SIDE_TOKENS, dependent):
-                return self._run(fields, {**dict.fromkeys(names, requests), **pools})
+                return self._run(fields, {**dict.fromkeys(STEP, requests), **pools})["logits"]
 
-        most = min(self.num_slots, *(self.bounds[name] for name in names))
+        most = min(self.num_slots, *(self.bounds[name] for name in STEP))
         graphs = DecodeGraphs(staging, most, self.num_slots, run)
         self._forget()
         return graphs
@@ -287,12 +288,9 @@ class Executor:
             state[-1].zero_()
 
     def _sizes(self, batch: Batch) -> Sizes:
-        sizes = {
-            "T": batch.ids.shape[0], "B": batch.slots.shape[0], "N4": batch.csa_ends.shape[0],
-            "NH": batch.hca_ends.shape[0], "L": batch.logit_rows.shape[0], "window_pages": self.pools.window_pages,
-            "blocks": self.pools.blocks, "slots": self.pools.slots,
-        }  # fmt: skip
-        for symbol in ("T", "B", "N4", "NH", "L"):
+        pools = {name: self.pools.of(name) for name in ("window_pages", "blocks", "slots")}
+        sizes = {**step_sizes(batch), **pools}
+        for symbol in STEP:
             if not self.least <= sizes[symbol] <= self.bounds[symbol]:
                 legal = f"{self.least} to {self.bounds[symbol]}"
                 raise BatchError(f"a step has {symbol} = {sizes[symbol]}; the artifact is compiled for {legal}.")
@@ -310,6 +308,12 @@ class Executor:
                     f"batch.{name} is {list(tensor.shape)} {tensor.dtype}; {list(shape)} torch.int32 is needed."
                 )
         return sizes
+
+
+def step_sizes(batch: Batch) -> Sizes:
+    """The sizes of a step, by their symbols."""
+    fields = batch.ids, batch.slots, batch.csa_ends, batch.hca_ends, batch.logit_rows
+    return {name: field.shape[0] for name, field in zip(STEP, fields, strict=True)}
 
 
 @contextmanager

@@ -1,8 +1,9 @@
 """The executor of one rank of a layout, on the cpu: every rank runs every step, with its own batch or one of padding.
 
 Terms:
-    form    one way to run a step (`atomc.artifact.ranks`); the kind of a step, on which all ranks agree, chooses it.
-    P       rows of the messages of a step, on which all ranks agree: the most tokens of any rank.
+    form    one way to run a step (`atomc.artifact.ranks`), whole or in two micro-batches; the kind of a step and its
+            rows, on which all ranks agree, choose it.
+    P       rows of the messages of a step, on which all ranks agree: at least the most tokens of any rank.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from atomc.artifact.ranks import KINDS, Kind
+from atomc.artifact.plan import of_batch
 from atomc.ops import Batch
-from atomc.parallel.sizes import AGREED, INDEX
+from atomc.ops.batch import middle, split_batch
+from atomc.parallel.sizes import AGREED, HALVES, INDEX, half_rows, of_half
 from atomc.runtime.collectives import Groups
 from atomc.runtime.errors import BatchError, ServingError
-from atomc.runtime.executor import Between, BoundCall, Executor, PoolSizes, Watch, allocate, memory_told
+from atomc.runtime.executor import Between, BoundCall, Executor, PoolSizes, Watch, allocate, memory_told, step_sizes
 from atomc.runtime.loader import LoadedRank, load_rank
 
 
@@ -29,7 +31,7 @@ class Agreement:
 
     tokens: tuple[int, ...]
     rows: int
-    kind: Kind
+    form: str
 
 
 class RankExecutor(Executor):
@@ -107,7 +109,7 @@ class RankExecutor(Executor):
         if any(len(set(tokens[at : at + along])) > 1 for at in range(0, ranks, along)):
             raise BatchError(f"a step of {list(tokens)} tokens; {along} ranks each share their requests.")
         self._groups.restart()
-        self._agreed = Agreement(tuple(tokens), bucket, "prefill" if prefill else "decode")
+        self._agreed = Agreement(tuple(tokens), bucket, self.plan.form("prefill" if prefill else "decode", bucket))
 
     @torch.inference_mode()
     def step(self, batch: Batch, watch: Watch | None = None) -> Tensor:
@@ -123,11 +125,20 @@ class RankExecutor(Executor):
         if sizes["T"] != said and (said or sizes["T"] > 1):
             raise BatchError(f"a step of {sizes['T']} tokens on rank {self.rank}; the ranks agreed on {said}.")
         sizes |= {AGREED: agreed.rows, **self.index}
-        self.calls = self.forms[self.plan.steps[agreed.kind]]
-        return self._run(batch._asdict(), sizes, watch)
+        self.calls = self.forms[agreed.form]
+        if not self.plan.forms[agreed.form].halves:
+            return self._run(batch._asdict(), sizes, watch)["logits"]
+        halves = split_batch(batch, middle(batch.query_start, by_requests=False))
+        fields: dict[str, Tensor] = {}
+        for half, part in enumerate((halves.first, halves.second)):
+            fields |= {of_batch(name, half): tensor for name, tensor in part._asdict().items()}
+            sizes |= {of_half(name, half): size for name, size in step_sizes(part).items()}
+            sizes[of_half(AGREED, half)] = half_rows(agreed.rows)[half]
+        values = self._run(fields, sizes, watch)
+        return torch.cat([values[of_batch("logits", half)] for half in HALVES])[halves.logit_rows]
 
     def rehearse(self) -> None:
-        """One token on every rank, in a step of each kind; collectives are counted through, for it is one stage."""
-        for kind in KINDS:
-            self._agreed = Agreement((1,) * self.plan.mesh.ranks, 1, kind)
+        """One token on every rank, in a step of each form; collectives are counted through, for it is one stage."""
+        for form in self.forms:
+            self._agreed = Agreement((1,) * self.plan.mesh.ranks, 2, form)
             super().rehearse()

@@ -16,6 +16,7 @@ from atomc.artifact.check_ranks import CollectivesError
 from atomc.artifact.ranks import NoLayoutError
 from atomc.artifact.store import ArtifactError
 from atomc.compiler import CompileError, Options, Result, check_stop, compile_model
+from atomc.dividing import model_sizes
 from atomc.models.deepseek_v4.sharding import placement_of
 from atomc.models.source import open_model
 from atomc.ops.placement import REPLICATE, Shard
@@ -23,7 +24,7 @@ from atomc.parallel.layout import LayoutError, ModelSizes
 from atomc.passes import shard
 from atomc.passes.graph import PassError
 from atomc.passes.scheme import get_scheme
-from atomc.ranks import layouts_for, layouts_of, model_sizes
+from atomc.ranks import layouts_for, layouts_of
 from atomc.runtime.errors import ServingError
 from atomc.runtime.loader import load, load_rank, read_ranks
 from atomc.targets import get_target

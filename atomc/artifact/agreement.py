@@ -16,13 +16,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
-from atomc.artifact.check_ranks import Collective, CollectivesError, check_ranks
+from atomc.artifact.check_ranks import Carried, Collective, CollectivesError, check_ranks
 from atomc.artifact.expr import evaluate
-from atomc.artifact.plan import DTYPE_BYTES, SYMBOLS, ProgramPlan, RegionPlan
+from atomc.artifact.plan import DTYPE_BYTES, SYMBOLS, CallPlan, ProgramPlan, RegionPlan, of_batch
 from atomc.artifact.ranks import KINDS, RanksPlan
 from atomc.ops.placement import Mesh
 from atomc.parallel.layout import LayoutError, parse_layout
-from atomc.parallel.sizes import AGREED, INDEX, bounds
+from atomc.parallel.sizes import AGREED, HALVES, INDEX, STEP, bounds, half_rows, of_half
 
 Load = Literal["real", "dummy", "empty"]
 Phase = Literal["prefill", "decode", "mixed"]
@@ -169,6 +169,8 @@ def _numbers(size: str, agreed: Agreed, state: RankState) -> tuple[int | str, ..
     """The size in numbers; what only one kind of rank has differs with its tokens. An index is the same in any state:
     that it is in no size of a collective is checked where the collective is."""
     symbols = dict.fromkeys((*SYMBOLS, *INDEX.values()), state.tokens) | {AGREED: agreed.rows}
+    for half in HALVES:
+        symbols |= {of_half(name, half): half_rows(symbols[name])[half] for name in (*STEP, AGREED)}
     return tuple(p if p.startswith("counted") else evaluate(p, symbols) for p in size.split(" x "))
 
 
@@ -203,6 +205,7 @@ class Proven:
 def bytes_of(collective: Collective, rows: int) -> int:
     """Bytes that a rank gives to a collective of a step of so many rows."""
     size, symbols = DTYPE_BYTES[collective.dtype], dict.fromkeys((*SYMBOLS, AGREED), rows)
+    symbols |= {of_half(name, half): half_rows(rows)[half] for name in (*STEP, AGREED) for half in HALVES}
     for part in collective.size.split(" x "):
         size *= rows if part == "counted" else evaluate(part, symbols)
     return size
@@ -220,11 +223,11 @@ def prove_layout(
     """
     if problems := [*_table_problems(plan, whole, regions)]:
         raise CollectivesError(f"layout {plan.layout}", problems)
-    found = {name: check_ranks(regions[name], plan) for name in plan.regions()}
+    found = _checked(plan, regions)
     calls = {form: [c.region for c in known.calls] for form, known in plan.forms.items()}
 
     def runs(_rank: int, _state: RankState, agreed: Agreed) -> Sequence[str]:
-        return calls[plan.steps["prefill" if agreed.prefill else "decode"]]
+        return calls[plan.form("prefill" if agreed.prefill else "decode", agreed.rows)]
 
     proof = prove(found, runs, plan.mesh, buckets)
     return Proven(plan, {form: [c for name in names for c in found[name]] for form, names in calls.items()}, proof)
@@ -247,15 +250,24 @@ def _table_problems(plan: RanksPlan, whole: ProgramPlan, regions: Mapping[str, R
     if plan.axes != list(layout.mesh.axes):
         yield f"its axes are {plan.axes}; the layout has {list(layout.mesh.axes)}"
         return
-    counted = 2 * layout.dp if "route" in plan.forms else 0
-    if plan.symbols != (known := bounds(whole.symbols, layout.mesh, counted)):
+    counted, halves = 2 * layout.dp if "route" in plan.forms else 0, any(f.halves for f in plan.forms.values())
+    if plan.symbols != (known := bounds(whole.symbols, layout.mesh, counted, halves)):
         wrong = sorted(n for n in plan.symbols.keys() | known if plan.symbols.get(n) != known.get(n))
         said = ", ".join(f"{n} {plan.symbols.get(n)}, not {known.get(n)}" for n in wrong)
         yield f"its symbols have other bounds than the layout: {said}"
-    if sorted(plan.steps) != sorted(KINDS) or not set(plan.steps.values()) <= plan.forms.keys():
-        yield f"steps are {plan.steps}; each of {', '.join(KINDS)} needs one of the forms {sorted(plan.forms)}"
+    whole_forms = {name for name, form in plan.forms.items() if not form.halves}
+    if sorted(plan.steps) != sorted(KINDS) or not set(plan.steps.values()) <= whole_forms:
+        yield f"steps are {plan.steps}; each of {', '.join(KINDS)} needs one of the forms {sorted(whole_forms)}"
+    for kind, other in plan.overlap.items():
+        if other.form not in plan.forms.keys() - whole_forms or other.least < 2:
+            yield f"{kind} from {other.least} rows on by form {other.form}; it needs one in two micro-batches, 2 rows"
+        if layout.tbo == "off" or (layout.tbo == "prefill" and kind == "decode"):
+            yield f"{kind} in two micro-batches; the layout says tbo={layout.tbo}"
     for name, form in plan.forms.items():
-        if [(c.prefix, c.binds) for c in form.calls] != [(c.prefix, c.binds) for c in whole.calls]:
+        both = zip(whole.calls, form.calls, strict=False)
+        expected = [in_halves(w, regions.get(c.region)) if form.halves else w for w, c in both]
+        given, due = ([(c.prefix, c.binds) for c in calls] for calls in (form.calls, expected))
+        if given != due or len(due) != len(whole.calls):
             yield f"form {name} does not call for each layer what one rank calls"
             continue
         for ours, theirs in {(a.region, b.region) for a, b in zip(form.calls, whole.calls, strict=True)}:
@@ -263,6 +275,32 @@ def _table_problems(plan: RanksPlan, whole: ProgramPlan, regions: Mapping[str, R
                 yield f"form {name} calls {ours}, which is no region"
             else:
                 yield from _weight_problems(plan, regions[ours], regions[theirs])
+
+
+def _checked(plan: RanksPlan, regions: Mapping[str, RegionPlan]) -> dict[str, list[Collective]]:
+    """The collectives of each region, checked after every region that comes before it in a form."""
+    found: dict[str, list[Collective]] = {}
+    known: dict[tuple[str, frozenset[tuple[str, Carried]]], Mapping[str, Carried]] = {}
+    for name, form in plan.forms.items():
+        carried: Mapping[str, Carried] = {}
+        for call in form.calls:
+            key = call.region, frozenset(carried.items())
+            if key not in known:
+                checked = check_ranks(regions[call.region], plan, carried)
+                found[call.region], known[key] = checked.collectives, checked.carried
+            carried = known[key]
+        if carried:
+            raise CollectivesError(
+                f"layout {plan.layout}, form {name}", [f"the last region hands over {sorted(carried)}"]
+            )
+    return found
+
+
+def in_halves(call: CallPlan, region: RegionPlan | None) -> CallPlan:
+    """A call of one rank with the values of two micro-batches, as far as a region takes them."""
+    taken = set() if region is None else {i.name for i in region.inputs if i.role == "value"}
+    both = [(of_batch(name, half), of_batch(value, half)) for name, value in call.binds.items() for half in HALVES]
+    return CallPlan(call.region if region is None else region.name, call.prefix, {n: v for n, v in both if n in taken})
 
 
 def _weight_problems(plan: RanksPlan, ours: RegionPlan, whole: RegionPlan) -> Iterator[str]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from atomc.artifact.buffers import lower_bound, value_buffers
 from atomc.artifact.check_region import Problems, check_region, sizes
 from atomc.artifact.manifest import Manifest, Serving
-from atomc.artifact.plan import DTYPE_BYTES, PROBES, ProgramPlan, RegionPlan, SlotInfo
+from atomc.artifact.plan import DTYPE_BYTES, PROBES, ProgramPlan, RegionPlan, SlotInfo, of_batch
 from atomc.artifact.ranks import FILE, RanksPlan
 from atomc.parallel.sizes import HALVES, of_half
 
@@ -82,11 +82,6 @@ def batch_shapes(serving: Serving, halves: bool = False) -> dict[str, list[int |
     if not halves:
         return whole
     return {of_batch(name, half): _halved(shape, half) for name, shape in whole.items() for half in HALVES}
-
-
-def of_batch(name: str, half: int) -> str:
-    """A field of the batch, or a value, of a micro-batch."""
-    return f"{name}.{half}"
 
 
 def _halved(shape: Sequence[int | str], half: int) -> list[int | str]:

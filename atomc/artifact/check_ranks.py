@@ -9,6 +9,8 @@ Terms:
     own     a size that a rank alone knows: its tokens (`T`), its requests. Along `tp` the ranks share them.
     agreed  what all ranks know before a step: the rows of a message (`P`). No other size of a rank may be in a
             collective over `dp`.
+    carried what a region in two micro-batches hands to the next one: a collective that is under way, what it was given,
+            and what the steps after it read. Its placements go from the one check to the other.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import torch
 
 from atomc.artifact.check_region import COLLECTIVE, operator_of
 from atomc.artifact.expr import evaluate, names_in
-from atomc.artifact.plan import PROBES, DType, RegionPlan, Size, Slot, Step
+from atomc.artifact.plan import CARRIED, PROBES, DType, RegionPlan, Size, Slot, Step
 from atomc.artifact.ranks import RanksPlan
 from atomc.artifact.shapes import like, results_of
 from atomc.errors import ProblemsError
@@ -32,7 +34,7 @@ from atomc.ops.placement_exchange import EXPERTS
 from atomc.ops.placement_rules import propagate
 from atomc.parallel.kinds import KINDS, WAIT, Kind, placed
 from atomc.parallel.layout import parse_layout
-from atomc.parallel.sizes import AGREED, COUNTED, INDEX
+from atomc.parallel.sizes import AGREED, COUNTED, HALVES, INDEX, of_half
 
 HOST_SIZES: Final = "atom.host_sizes.default"
 
@@ -81,14 +83,34 @@ def _collective(region: RegionPlan, at: int, step: Step) -> Collective:
     )  # fmt: skip
 
 
-def check_ranks(region: RegionPlan, plan: RanksPlan) -> list[Collective]:
-    """The collectives of a region in order.
+@dataclass(frozen=True)
+class Carried:
+    """Something that a region hands to the next one.
+
+    Attributes:
+        placements: on each axis of the mesh, in order. under_way: it is what a collective gives, not waited for yet.
+    """
+
+    placements: tuple[Placement, ...]
+    under_way: bool = False
+
+
+@dataclass(frozen=True)
+class Checked:
+    """The collectives of a region in order, and what it hands to the next one, by name."""
+
+    collectives: list[Collective]
+    carried: Mapping[str, Carried]
+
+
+def check_ranks(region: RegionPlan, plan: RanksPlan, given: Mapping[str, Carried] | None = None) -> Checked:
+    """A region's collectives; `given`: what the region before it hands to it.
 
     Raises:
         CollectivesError: all that is wrong with it.
     """
-    check = _Check(region, plan)
-    problems = [*check.shapes()]  # what the rest relies on
+    check = _Check(region, plan, given or {})
+    problems = [*check.shapes(), *check.handed()]  # what the rest relies on
     if not problems:
         problems = [
             *(p for axis in plan.mesh.names for p in check.placements(axis)),
@@ -96,7 +118,7 @@ def check_ranks(region: RegionPlan, plan: RanksPlan) -> list[Collective]:
         ]  # fmt: skip
     if problems:
         raise CollectivesError(f"plan/{region.name}.json", list(dict.fromkeys(problems)))
-    return collectives_of(region)
+    return Checked(collectives_of(region), check.carried())
 
 
 def _slot(arg: Any) -> int:
@@ -112,6 +134,8 @@ def _list(arg: Any) -> list[Any]:
 class _Check:
     region: RegionPlan
     plan: RanksPlan
+    given: Mapping[str, Carried]
+    known: dict[str, dict[int, Placement]] = field(default_factory=dict)  # axis -> slot -> its placement
     made: dict[int, tuple[int, Step]] = field(init=False)  # slot -> the step that makes it
     readers: dict[int, list[Step]] = field(init=False)
 
@@ -158,21 +182,49 @@ class _Check:
 
     # -- placements ----------------------------------------------------------------------------------------------------
 
+    def handed(self) -> Iterator[str]:
+        """What the region before hands over is what this one takes, no less: its memory is in use until then."""
+        taken = {i.name for i in self.region.inputs if i.name.startswith(CARRIED)}
+        if taken != self.given.keys():
+            yield f"it takes {sorted(taken)} of the region before, which hands over {sorted(self.given)}"
+
+    def under_way(self) -> set[int]:
+        """Slots of collectives that the region before started."""
+        started = {name for name, known in self.given.items() if known.under_way}
+        return {i.slot for i in self.region.inputs if i.name in started}
+
+    def left(self, step: Step) -> bool:
+        """Whether a collective is left for the next region to wait for."""
+        handed = [slot for name, slot in self.region.outputs.items() if name.startswith(CARRIED)]
+        return step.outputs[0] in handed and not self.read_by(step)
+
+    def carried(self) -> dict[str, Carried]:
+        """What the region hands to the next, when its placements are known."""
+        found = {}
+        for name, slot in self.region.outputs.items():
+            if name.startswith(CARRIED):
+                started = slot in self.made and self.made[slot][1].op in KINDS
+                found[name] = Carried(tuple(self.known[axis][slot] for axis in self.plan.mesh.names), started)
+        return found
+
     def placements(self, axis: str) -> Iterator[str]:
         """Where the rules do not go through; the first on an axis, as the rest would follow from it."""
         own: Placement = Shard(0) if axis == "dp" else REPLICATE
         known: dict[int, Placement] = {
             i.slot: self.plan.placement(i.name, axis) if i.role == "weight" else own for i in self.region.inputs
         }
+        at = self.plan.mesh.names.index(axis)
+        known |= {i.slot: self.given[i.name].placements[at] for i in self.region.inputs if i.name in self.given}
+        self.known[axis] = known
         for step in (*self.region.prepare, *self.region.steps):
             try:
                 found = self.place(step, known, axis)
             except PlacementError as error:
                 yield f"{self.at(step)}: along {axis}: {error}"
                 return
-            known |= {s: p for s, p in zip(step.outputs, found, strict=True) if s is not None}
+            known.update({s: p for s, p in zip(step.outputs, found, strict=True) if s is not None})
         for name, slot in self.region.outputs.items():
-            if known[slot] != own:
+            if known[slot] != own and not name.startswith(CARRIED):
                 by = self.at(self.made[slot][1]) if slot in self.made else "an input"
                 yield f"result {name}, {by}: it is {known[slot]} along {axis}; it has to be {own}"
 
@@ -210,9 +262,12 @@ class _Check:
         for step in self.region.prepare:
             if step.op.startswith(COLLECTIVE):
                 yield f"{self.at(step)}: a collective while weights are prepared"
+        for slot in self.under_way():
+            if [r.op for r in self.readers.get(slot, [])] != [WAIT] or slot in self.region.outputs.values():
+                yield f"{self.region.slots[slot].name}: the region before started it; it is not waited for once here"
         for step in self.steps(WAIT):
             source = self.made.get(_slot(step.args[0]))
-            if source is None or source[1].op not in KINDS:
+            if (source is None or source[1].op not in KINDS) and _slot(step.args[0]) not in self.under_way():
                 yield f"{self.at(step)}: waits for what is no collective"
             if not self.read_by(step) and step.outputs[0] not in self.region.outputs.values():
                 yield f"{self.at(step)}: what it waits for is read by nobody"
@@ -221,7 +276,11 @@ class _Check:
             if group not in mesh.names:
                 yield f"{self.at(step)}: {kind} over {group!r}; the mesh has {', '.join(mesh.names)}"
                 continue
-            if [r.op for r in self.read_by(step)] != [WAIT]:
+            if self.left(step):
+                held = {self.owner(s) for name, s in self.region.outputs.items() if name.startswith(CARRIED)}
+                if self.owner(_slot(step.args[0])) not in held:
+                    yield f"{self.at(step)}: {kind} is left to the next region, and what it was given is not"
+            elif [r.op for r in self.read_by(step)] != [WAIT]:
                 yield f"{self.at(step)}: {kind} is not waited for once, before it is read"
             if kind in ("all_gather", "reduce_scatter") and step.args[-2] != mesh.size(group):
                 yield f"{self.at(step)}: {kind} among {step.args[-2]} ranks; {group} has {mesh.size(group)}"
@@ -283,16 +342,32 @@ class _Check:
     # -- messages and owners -------------------------------------------------------------------------------------------
 
     def messages(self) -> Iterator[str]:
-        """A message is taken apart as it was put together."""
+        """A message is taken apart as it was put together: that which a collective brought."""
         packs, unpacks = self.steps("atom.pack_message.default"), self.steps("atom.unpack_message.default")
         if len(packs) != len(unpacks):
             yield f"{len(packs)} messages are packed and {len(unpacks)} unpacked"
-        for pack, unpack in zip(packs, unpacks, strict=False):
+        for unpack in unpacks:
+            pack = self.sent(_slot(unpack.args[0]))
+            if pack is None or pack.op != "atom.pack_message.default":
+                yield f"{self.at(unpack)}: takes apart what no collective brought of a message"
+                continue
             infos = [self.region.slots[_slot(a)] for a in _list(pack.args[0])]
             sent = [(_product(i.shape[1:]), i.dtype) for i in infos]
             dtypes = [d.name for d in _list(unpack.args[2])]
             if sent != list(zip(_list(unpack.args[1]), dtypes, strict=False)):
                 yield f"{self.at(unpack)}: takes a message apart otherwise than it was put together ({sent})"
+
+    def sent(self, slot: int) -> Step | None:
+        """The step that made what a collective brought, or what was sorted for it."""
+        for ops in ((WAIT,), tuple(KINDS), ("atom.dispatch_rows.default",)):
+            if slot in self.made and self.made[slot][1].op in ops:
+                slot = _slot(self.made[slot][1].args[0])
+        return self.made[slot][1] if slot in self.made else None
+
+    def owner(self, slot: int) -> int:
+        """The slot whose storage a slot has."""
+        base = self.region.slots[slot].base
+        return slot if base is None else base
 
     def owners(self) -> Iterator[str]:
         """Which experts, and which rows of the vocabulary, a rank has: by its place on the mesh."""
@@ -331,7 +406,8 @@ class _Check:
 
 def _is_own(text: str, axis: str) -> bool:
     """Whether a size differs between the ranks along an axis."""
-    shared = {AGREED, *(name for other, name in INDEX.items() if other != axis)}
+    agreed = {AGREED, *(of_half(AGREED, half) for half in HALVES)}
+    shared = agreed | {name for other, name in INDEX.items() if other != axis}
     names = names_in(text) - shared
     if axis == "dp":
         return bool(names)

@@ -183,9 +183,9 @@ class RegionPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             role `prepared`) stays: packed weights expanded for a target that cannot multiply them as they are.
         arena_bytes: what the temporaries need at the largest sizes.
         halves: it does a step in two micro-batches (`passes.chunk`). Fields of the batch, values and results are there
-            once for each, `ids.0` and `ids.1`, and so are sizes, `T_0` and `T_1`. Results and inputs `carried.0`, ... are
-            what the next region needs of a collective that it waits for: what the collective gives, what it was given,
-            and what else the steps read that follow it (`passes.borders`).
+            once for each, `ids.0` and `ids.1`, and so are sizes, `T_0` and `T_1`. Results and inputs `carried.0` and
+            on are what the next region needs of a collective that it waits for: what the collective gives, what it was
+            given, and what else the steps read that follow it (`passes.borders`).
     """
 
     name: str
@@ -196,6 +196,11 @@ class RegionPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     steps: list[Step]
     arena_bytes: int
     halves: bool = False
+
+
+def of_batch(name: str, half: int) -> str:
+    """A field of the batch, or a value, of a micro-batch."""
+    return f"{name}.{half}"
 
 
 def carried(number: int) -> str:

@@ -43,11 +43,10 @@ class FormPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Overlap(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """From messages of `least` rows on, steps take a form in two micro-batches; `why` that many, for the user."""
+    """From messages of `least` rows on, steps take a form in two micro-batches."""
 
     form: str
     least: int
-    why: str
 
 
 class RanksPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -60,6 +59,7 @@ class RanksPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         cuts: weight, by its name in a region -> how it is cut, the outer axis first; one that is not here is whole.
         forms: name -> what a step runs. steps: kind of a step -> form. A step is `prefill` where some rank computes a
             part of a prompt. overlap: kind of a step -> which of them take another form, in two micro-batches.
+        why: kind of a step -> why it is, or is not, run so.
     """
 
     layout: str
@@ -69,6 +69,7 @@ class RanksPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     forms: dict[str, FormPlan]
     steps: dict[Kind, str]
     overlap: dict[Kind, Overlap] = {}
+    why: dict[Kind, str] = {}
 
     def form(self, kind: Kind, rows: int) -> str:
         """The form of a step of that kind with so many rows in a message, which all ranks know."""

@@ -37,5 +37,9 @@ def bounds(one: Mapping[str, int], mesh: Mesh, counted: int, halves: bool = Fals
     for half in HALVES if halves else ():
         rows = half_rows(most)[half]
         found |= {of_half(name, half): one[name] for name in STEP}
-        found |= {of_half("T", half): rows, of_half(AGREED, half): rows, of_half("L", half): min(max(one["L"], 1), rows)}
+        found |= {
+            of_half("T", half): rows,
+            of_half(AGREED, half): rows,
+            of_half("L", half): min(max(one["L"], 1), rows),
+        }
     return found

@@ -14,7 +14,8 @@ from atomc.models.deepseek_v4.config import DeepseekV4Config
 from atomc.parallel.layout import Layout
 from atomc.parallel.tasks import Schedule
 from atomc.passes.overlap import OverlapError
-from atomc.planning.step import Step, form_of, schedule
+from atomc.passes.shard import form_of
+from atomc.planning.step import Step, schedule
 from atomc.targets import Target
 
 # Of measured chains, those for which up to 0.028 was predicted gained 0.02 at most (docs/planning.md).

@@ -7,8 +7,9 @@ from typing import Final
 
 from atomc.models.deepseek_v4.config import DeepseekV4Config
 from atomc.parallel.layout import Layout
+from atomc.passes.shard import form_of
 from atomc.planning.operators import FP8, INDEX_ROW, ROW, expert_bytes
-from atomc.planning.step import Step, form_of, schedule
+from atomc.planning.step import Step, schedule
 from atomc.targets import Target
 
 USABLE: Final = 0.92  # of a device's memory: the driver, the collectives' library and captured graphs take the rest

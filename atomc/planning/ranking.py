@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Final
 
+from atomc.dividing import model_sizes
 from atomc.errors import AtomcError
 from atomc.models.deepseek_v4.config import DeepseekV4Config
 from atomc.parallel.layout import Layout, LayoutError, ModelSizes, Tbo, divisors
@@ -109,8 +110,6 @@ def layouts(config: DeepseekV4Config, ranks: int, tbo: Tbo) -> Iterator[Layout]:
 
 def sizes_of(config: DeepseekV4Config) -> ModelSizes:
     """The numbers that a layout must divide: those that a compile with the checkpoint's own formats goes by."""
-    from atomc.ranks import model_sizes
-
     return model_sizes(config, SCHEMES["native"])
 
 

@@ -77,13 +77,6 @@ class StepTasks:
     graph: TaskGraph
 
 
-def form_of(layout: Layout, target: Target, phase: Literal["prefill", "decode"]) -> Form:
-    """How a compile lets a step of that phase exchange tokens for experts."""
-    from atomc.ranks import variants_of
-
-    return variants_of(layout, target)[phase].form
-
-
 def step_tasks(
     config: DeepseekV4Config, layout: Layout, target: Target, parts: list[Part], layers: Iterable[int] | None = None,
     form: Form = "gather",

@@ -16,11 +16,12 @@ from atomc.models.bundled import bundled_config, bundled_path
 from atomc.parallel.borders import Border
 from atomc.parallel.layout import LayoutError, parse_layout
 from atomc.parallel.tasks import Issue
+from atomc.passes.shard import form_of
 from atomc.planning.decide import decide
 from atomc.planning.memory import request_bytes, weight_bytes
 from atomc.planning.operators import LayerOperators, Part
 from atomc.planning.ranking import Row, Workload, WorkloadError, _explained, _row, layouts
-from atomc.planning.step import Step, by_regions, form_of, schedule, step_tasks
+from atomc.planning.step import Step, by_regions, schedule, step_tasks
 from atomc.targets import get_target
 from tests.support import schedules
 from tests.support.cli import Cli
