@@ -196,7 +196,7 @@ def compile_model(
             write_kernel(folder, name, binary.data, binary.facts, source_of(variants[name].kernel))
         write_graphs(folder / "graph", {c.region.name: c.region.gm for c in compiled} | cutting.graphs)
         copy_model_files(source, folder)
-        (folder / "explain.json").write_bytes(encode(explanation))
+        (folder / "explain.json").write_bytes(encode(explanation | explanation_of(cutting.rows)))
         (folder / "layouts.json").write_bytes(encode(layouts))
         write_report(folder / "report.md", source.name, target, explanation, layouts, plan, regions, ranks)
         manifest = write_manifest(

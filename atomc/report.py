@@ -168,11 +168,18 @@ def rank_rows(ranks: Sequence[Proven]) -> list[list[str]]:
     return [
         [
             found.plan.layout, str(found.plan.mesh.ranks), kind, form, str(len(found.collectives[form])),
-            ", ".join(f"{bytes_text(size)} to {name}" for name, size in found.bytes_a_row(kind).items()),
+            ", ".join(f"{bytes_text(size)} to {name}" for name, size in found.bytes_a_row(form).items()),
         ]
         for found in ranks
-        for kind, form in sorted(found.plan.steps.items())
+        for kind, form in kinds_of_steps(found)
     ]  # fmt: skip
+
+
+def kinds_of_steps(found: Proven) -> list[tuple[str, str]]:
+    """Kinds of steps with their forms; those that run in two micro-batches after those that do not."""
+    kinds: list[tuple[str, str]] = [*sorted(found.plan.steps.items())]
+    kinds += [(f"{k}, {o.least:,} rows or more", o.form) for k, o in sorted(found.plan.overlap.items())]
+    return kinds
 
 
 def _regions(explanation: Explanation, program: ProgramPlan, regions: dict[str, RegionPlan]) -> list[str]:

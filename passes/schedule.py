@@ -59,7 +59,14 @@ class ScheduleOverlap(Pass):
         place(gm.graph, found)
         nodes = {node.name: node for node in calls(gm.graph)}
         where = {task.name: task.where for task in found.graph.tasks}
-        refused = [Refusal(f"{where[why.task]} {why.task}", why.reason) for why in found.why]
+        takes = {task.name: task.seconds for task in found.graph.tasks}
+        refused = [
+            Refusal(
+                f"{where[why.task]} {why.task}",
+                f"{why.exposed * 1e6:.0f} of {takes[why.task] * 1e6:.0f} us are not hidden: {why.reason}",
+            )
+            for why in found.why
+        ]
         hidden = [nodes[name] for name, exposed in found.exposed.items() if not exposed and name in nodes]
         return Report([Match(location(node), op_name(node.target)) for node in hidden], refused)
 

@@ -12,19 +12,23 @@ from typing import Any
 import pytest
 import torch
 
-from atomc.artifact.check_ranks import CollectivesError
-from atomc.artifact.ranks import NoLayoutError
+from atomc.artifact.check_ranks import CollectivesError, check_ranks
+from atomc.artifact.plan import CARRIED
+from atomc.artifact.ranks import KINDS, NoLayoutError
 from atomc.artifact.store import ArtifactError
 from atomc.compiler import CompileError, Options, Result, check_stop, compile_model
 from atomc.dividing import model_sizes
 from atomc.models.deepseek_v4.sharding import placement_of
 from atomc.models.source import open_model
 from atomc.ops.placement import REPLICATE, Shard
+from atomc.parallel.kinds import KINDS as KINDS_OF_COLLECTIVES
+from atomc.parallel.kinds import WAIT
 from atomc.parallel.layout import LayoutError, ModelSizes
 from atomc.passes import shard
 from atomc.passes.graph import PassError
 from atomc.passes.scheme import get_scheme
 from atomc.ranks import layouts_for, layouts_of
+from atomc.report import read_explanation
 from atomc.runtime.errors import ServingError
 from atomc.runtime.loader import load, load_rank, read_ranks
 from atomc.targets import get_target
@@ -68,8 +72,8 @@ def test_layouts_are_read_once_each() -> None:
         "tp=2,moe=tp",
         "dp=2,moe=ep",
     ]
-    with pytest.raises(LayoutError, match="batches cannot be overlapped yet"):
-        layouts_of(["dp=8,tbo=all"])
+    with pytest.raises(LayoutError, match="one rank has no collectives; leave tbo out"):
+        layouts_for(["dp=1,tbo=all"], open_model("deepseek-v4-nano", with_weights=False).config, get_scheme("native"))
     with pytest.raises(CompileError, match="leaves nothing to cut for ranks"):
         check_stop("dead_code", get_target("cpu"), ("dp=8",))
 
@@ -90,7 +94,7 @@ def test_hints_follow_the_reference() -> None:
 
 # -- one artifact ------------------------------------------------------------------------------------------------------
 
-LAYOUTS = ("dp=2,moe=tp", "dp=2,moe=ep", "tp=2,moe=tp")
+LAYOUTS = ("dp=2,moe=tp", "dp=2,moe=ep", "tp=2,moe=tp", "dp=2,moe=tp,tbo=all")
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +121,32 @@ def test_layouts_share_weights_and_what_is_alike(ranked: tuple[Path, Result]) ->
     assert plans["tp=2,moe=tp"].regions() == [
         "head__tp2_moetp", "layer_swa_hash__tp2_moetp", "prologue__tp2_moetp",
     ]  # fmt: skip
-    assert [(p.proof.steps, p.proof.longest) for p in result.ranks] == [(4, 2), (4, 3), (4, 4)]
+    assert [(p.proof.steps, p.proof.longest) for p in result.ranks] == [(4, 2), (4, 3), (4, 4), (4, 4)]
+
+
+def test_a_layout_may_run_steps_in_two_micro_batches(ranked: tuple[Path, Result]) -> None:
+    artifact = ranked[0] / "a.atom"
+    plans = {plan.layout: plan for plan in read_ranks(artifact)}
+    plan = plans["dp=2,moe=tp,tbo=all"]
+    assert [plan.form(kind, rows) for kind in KINDS for rows in (1, 2, 48)] == [
+        "gather", "prefill_halves", "prefill_halves", "gather", "decode_halves", "decode_halves",
+    ]  # fmt: skip
+    assert plan.forms["gather"] == plans["dp=2,moe=tp"].forms["gather"]  # one content, one region
+    regions = load_rank(artifact, plan.layout, 0).regions
+    for form in ("prefill_halves", "decode_halves"):
+        prologue, layer, head = (regions[call.region] for call in plan.forms[form].calls)
+        kinds = [KINDS_OF_COLLECTIVES[s.op] for s in layer.steps if s.op in KINDS_OF_COLLECTIVES]
+        assert sorted(kinds) == ["all_gather", "all_gather", "reduce_scatter", "reduce_scatter"]
+        # The last sum is left to the head, which computes for the first half meanwhile.
+        handed = [name for name in layer.outputs if name.startswith(CARRIED)]
+        assert handed and handed == [i.name for i in head.inputs if i.name.startswith(CARRIED)]
+        waits = [at for at, step in enumerate(head.steps) if step.op == WAIT]
+        assert len(waits) == 1 and waits[0] > 3
+        assert not any(name.startswith(CARRIED) for name in (*prologue.outputs, *head.outputs))
+        with pytest.raises(CollectivesError, match=r"it takes \['carried.0', .* which hands over \[\]"):
+            check_ranks(head, plan)
+    rows = {name for name in read_explanation(artifact) if "halves" in name}
+    assert {call.region for form in plan.forms.values() for call in form.calls if form.halves} <= rows
 
 
 def test_a_rank_reads_its_part(ranked: tuple[Path, Result]) -> None:
@@ -167,12 +196,19 @@ def test_the_command_says_what_is_sent(ranked: tuple[Path, Result], cli: Cli) ->
     assert ep["bytes_a_row"]["decode"] == {"all_gather": 280, "reduce_scatter": 512}
     said = cli("explain", ranked[0] / "a.atom")
     assert "280 B to all_gather" in said.out and "ranks of each layout" in said.out
+    halves = found["layouts"][3]
+    assert halves["overlap"]["prefill"] == {"form": "prefill_halves", "least_rows": 2}
+    assert "nothing is predicted for cpu" in halves["why"]["prefill"]
+    assert "are not hidden" in cli("explain", ranked[0] / "a.atom", "--pass", "schedule").out
 
 
 # -- plans that were tampered with -------------------------------------------------------------------------------------
 
 LAYER = "plan/layer_swa_hash__dp2_moetp.json"
 ROUTE = "plan/layer_swa_hash__dp2_moeep_route.json"
+HALVES = "plan/layer_swa_hash__dp2_moetp_tboall_prefill_halves_1.json"
+HEAD = "plan/head__dp2_moetp_tboall_prefill_halves_2.json"
+OF_FILE = {LAYER: "dp=2,moe=tp", ROUTE: "dp=2,moe=ep", HALVES: "dp=2,moe=tp,tbo=all", HEAD: "dp=2,moe=tp,tbo=all"}
 
 
 def step(plan: dict[str, Any], op: str, at: int = 0) -> dict[str, Any]:
@@ -187,8 +223,32 @@ def argument(op: str, position: int, value: Any) -> Callable[[Any], None]:
     return change
 
 
-def forms(change: Callable[[dict[str, Any]], None]) -> Callable[[Any], None]:
-    return lambda plans: change(next(p for p in plans if p["layout"] == "dp=2,moe=ep"))
+def forms(change: Callable[[dict[str, Any]], None], layout: str = "dp=2,moe=ep") -> Callable[[Any], None]:
+    return lambda plans: change(next(p for p in plans if p["layout"] == layout))
+
+
+def halves(change: Callable[[dict[str, Any]], None]) -> Callable[[Any], None]:
+    return forms(change, "dp=2,moe=tp,tbo=all")
+
+
+def not_held(plan: Any) -> None:
+    """What a collective is given is over at its start, as if nobody read it until the wait."""
+    start = step(plan, "all_gather")
+    slot, at = start["args"][0]["id"], plan["steps"].index(start)
+    plan["slots"][slot]["last"] = at
+    for other in plan["steps"]:
+        other["release"] = [s for s in other["release"] if s != slot]
+    start["release"].append(slot)
+
+
+def takes_another(plan: Any) -> None:
+    item = next(i for i in plan["inputs"] if i["name"] == "carried.1")
+    item["name"] = "carried.9"
+
+
+def never_waits(plan: Any) -> None:
+    wait = step(plan, "wait_tensor")
+    wait["op"], wait["args"] = "aten.clone.default", [wait["args"][0]]
 
 
 TAMPERED: dict[str, tuple[str, Callable[[Any], None], str]] = {
@@ -207,6 +267,15 @@ TAMPERED: dict[str, tuple[str, Callable[[Any], None], str]] = {
     "no layout": ("plan/ranks.json", forms(lambda p: p.update(layout="dp=two")), "its layout is none"),
     "other axes": ("plan/ranks.json", forms(lambda p: p.update(axes=[["tp", 2]])), "the layout has [('dp', 2)]"),
     "an index beyond the mesh": ("plan/ranks.json", forms(lambda p: p["symbols"].update(dp_index=5)), "dp_index 5"),
+    "what was sent is overwritten": (HALVES, not_held, "; by the steps from"),
+    "a border where something else is taken": (HEAD, takes_another, "which nothing before it makes"),
+    "a border that nobody waits at": (HEAD, never_waits, "the region before started it; it is not waited for"),
+    "a half in two micro-batches": (HALVES, lambda p: p.update(halves=False), "which has not two micro"),
+    "halves of one row": ("plan/ranks.json", halves(lambda p: p["overlap"]["decode"].update(least=1)), "2 rows"),
+    "halves that are whole":
+        ("plan/ranks.json", halves(lambda p: p["overlap"]["decode"].update(form="gather")), "it needs one in two"),
+    "halves that nobody asked for":
+        ("plan/ranks.json", halves(lambda p: p.update(layout="dp=2,moe=tp,tbo=prefill")), "says tbo=prefill"),
     "no form for prefill": ("plan/ranks.json", forms(lambda p: p["steps"].update(prefill="other")), "needs one of"),
     "a form that skips a layer":
         ("plan/ranks.json", forms(lambda p: p["forms"]["gather"]["calls"].pop(1)), "dp=2,moe=ep, gather: arena_bytes"),
@@ -225,7 +294,7 @@ def test_a_plan_that_was_tampered_with_is_refused(ranked: tuple[Path, Result], t
     with pytest.raises((CollectivesError, ArtifactError)) as error:
         verify_collectives(artifact)
     assert why in str(error.value), str(error.value)
-    layout = "dp=2,moe=tp" if file == LAYER else "dp=2,moe=ep"
+    layout = OF_FILE.get(file, "dp=2,moe=tp,tbo=all" if "halves" in name else "dp=2,moe=ep")
     with pytest.raises((CollectivesError, ArtifactError, NoLayoutError)):
         load_rank(artifact, layout, 0)
 

@@ -191,13 +191,13 @@ class Proven:
     collectives: dict[str, list[Collective]]
     proof: Proof
 
-    def bytes_a_row(self, kind: str) -> dict[str, int]:
-        """Kind of collective -> bytes that a rank gives to it in a step of that kind, for each row of a message.
+    def bytes_a_row(self, form: str) -> dict[str, int]:
+        """Kind of collective -> bytes that a rank gives to it in a step of that form, for each row of a message.
 
         Of rows that are counted when they are sent: for each that is. What is sent whatever the rows are is not in it.
         """
         found: dict[str, int] = {}
-        for c in self.collectives[self.plan.steps[kind]]:  # type: ignore[index]
+        for c in self.collectives[form]:
             found[c.kind] = found.get(c.kind, 0) + bytes_of(c, 2) - bytes_of(c, 1)
         return {kind: size for kind, size in found.items() if size}
 

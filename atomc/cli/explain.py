@@ -30,7 +30,7 @@ def explain_command(
 ) -> None:
     """Show what each pass matched and refused, and how everything is stored. In each region, back to source lines."""
     _check_options(what, layouts and pass_name is not None, target, scheme)
-    explanation, stored = _explanation(what, target or "cpu", scheme or "native")
+    explanation, stored = _explanation(what, target or "cpu", scheme or "native", (pass_name, region) != (None, None))
     explanation = _selected(explanation, pass_name, region)
     stored = {name: rows for name, rows in stored.items() if region in (None, name)}
     if as_json:
@@ -76,8 +76,11 @@ def _check_options(what: str, both: bool, target: str | None, scheme: str | None
         raise OptionError(f"{flag}: {what} is compiled already; give it with a model.")
 
 
-def _explanation(what: str, target: str, scheme: str) -> tuple[Explanation, Layouts]:
-    """Read from an artifact, checked against its manifest; or made by compiling the model, of which nothing is kept."""
+def _explanation(what: str, target: str, scheme: str, ranks: bool) -> tuple[Explanation, Layouts]:
+    """Read from an artifact, checked against its manifest; or made by compiling the model, of which nothing is kept.
+
+    `ranks`: the regions of layouts on many ranks too, after those of one.
+    """
     from atomc.cli.paths import is_artifact
 
     if is_artifact(what):
@@ -89,7 +92,8 @@ def _explanation(what: str, target: str, scheme: str) -> tuple[Explanation, Layo
         explanation, layouts = read_explanation(Path(what)), read_layouts(Path(what))
         order = dict.fromkeys(call.region for call in read_plan(Path(what))[0].calls)
         kept = [region for region in order if region in explanation]
-        return {region: explanation[region] for region in kept}, {region: layouts[region] for region in kept}
+        shown = [*kept, *(region for region in explanation if ranks and region not in order)]
+        return {region: explanation[region] for region in shown}, {region: layouts[region] for region in kept}
     from atomc.cli.console import stages
     from atomc.compiler import Options, compile_model
     from atomc.passes import pipelines

@@ -15,18 +15,23 @@ def as_data(found: Proven) -> dict[str, Any]:
     return {
         "layout": found.plan.layout, "ranks": found.plan.mesh.ranks, "steps": found.plan.steps,
         "collectives": {form: [str(c) for c in sent] for form, sent in found.collectives.items()},
-        "bytes_a_row": {kind: found.bytes_a_row(kind) for kind in found.plan.steps},
+        "bytes_a_row": {kind: found.bytes_a_row(form) for kind, form in found.plan.steps.items()},
+        "overlap": {kind: {"form": o.form, "least_rows": o.least} for kind, o in found.plan.overlap.items()},
+        "why": found.plan.why,
         "longest_step": found.proof.longest, "kinds_of_steps": found.proof.steps,
     }  # fmt: skip
 
 
 def line(found: Proven) -> str:
     """A layout in a summary."""
-    steps = ", ".join(f"{kind} by {form}" for kind, form in sorted(found.plan.steps.items()))
+    from atomc.report import kinds_of_steps
+
+    steps = ", ".join(f"{kind} by {form}" for kind, form in kinds_of_steps(found))
     proof = (
         f"{found.proof.longest} collectives a step at most, alike on all ranks in {found.proof.steps} kinds of steps"
     )
-    return f"{found.plan.layout}: {steps}; {proof}"
+    why = "".join(f"; {kind}: {text}" for kind, text in sorted(found.plan.why.items()))
+    return f"{found.plan.layout}: {steps}; {proof}{why}"
 
 
 def show(found: list[Proven]) -> None:
