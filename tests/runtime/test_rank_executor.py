@@ -16,7 +16,7 @@ from tests.support.eager import Step
 from tests.support.rank_processes import Codes, Loads, Play, difference, run_alone, run_ranks
 from tests.support.tiny import random_checkpoint, tiny_config, to_first_experts
 
-SMALL = ("dp=2,moe=tp", "dp=2,moe=ep", "tp=2,moe=ep")
+SMALL = ("dp=2,moe=tp", "dp=2,moe=ep", "tp=2,moe=ep", "dp=2,moe=tp,tbo=all", "dp=2,moe=ep,tbo=all", "tp=2,tbo=all")
 UNEVEN: list[list[Step]] = [
     [[(0, 20), (1, 5)], [(0, 1), (1, 1), (2, 3)], [(2, 1)], [(0, 1)]],
     [[(0, 1)], [(0, 16)], [(0, 1)], [(0, 1)]],
@@ -60,8 +60,14 @@ def test_two_ranks_are_one(tmp_path: Path) -> None:
     compare(artifact, plays, tmp_path / "run")
 
 
-FOUR = ("dp=4,moe=tp", "dp=4,moe=ep", "tp=4,moe=tp", "tp=4,moe=ep", "dp=2,tp=2,moe=tp", "dp=2,tp=2,moe=ep")
-EIGHT = ("dp=8,moe=tp", "dp=8,moe=ep", "dp=2,tp=4,moe=ep", "dp=4,tp=2,moe=ep", "dp=4,tp=2,moe=tp")
+FOUR = (
+    "dp=4,moe=tp", "dp=4,moe=ep", "tp=4,moe=tp", "tp=4,moe=ep", "dp=2,tp=2,moe=tp", "dp=2,tp=2,moe=ep",
+    "dp=4,moe=tp,tbo=all", "dp=2,tp=2,moe=ep,tbo=all",
+)  # fmt: skip
+EIGHT = (
+    "dp=8,moe=tp", "dp=8,moe=ep", "dp=2,tp=4,moe=ep", "dp=4,tp=2,moe=ep", "dp=4,tp=2,moe=tp", "dp=8,moe=tp,tbo=all",
+    "dp=2,tp=4,moe=ep,tbo=all",
+)  # fmt: skip
 
 
 @pytest.mark.slow
@@ -99,7 +105,7 @@ def nano(output: Path, scheme: str, layouts: tuple[str, ...]) -> Path:
 @pytest.mark.parametrize(
     "layouts",
     [
-        ("dp=2,moe=tp", "dp=2,moe=ep", "tp=2,moe=ep"),
+        ("dp=2,moe=tp", "dp=2,moe=ep", "tp=2,moe=ep", "dp=2,moe=ep,tbo=all", "tp=2,tbo=prefill"),
         ("dp=4,moe=tp", "dp=2,tp=2,moe=ep"),
         ("dp=8,moe=tp", "dp=8,moe=ep"),
     ],
