@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from atomc.ops import Batch
-from atomc.ops.batch import half_rows, has_halves, middle, split_batch
+from atomc.ops.batch import has_halves, middle, split_batch
+from atomc.parallel.sizes import half_rows
 
 RATIOS = (4, 32)
 

@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 from atomc.capture import Region as Captured
 from atomc.compiler import check_scheme, fuse
 from atomc.parallel.layout import parse_layout
-from atomc.parallel.sizes import AGREED
+from atomc.parallel.sizes import AGREED, STEP
 from atomc.passes import pipelines
 from atomc.passes.borders import Region, stitch
 from atomc.passes.chunk import Chunk
@@ -24,7 +24,6 @@ from atomc.planning.step import Step, step_tasks
 from atomc.ranks import Variant
 from atomc.regions import copy_context
 from tests.planning.test_nodes import MI355X, flash
-from tests.support.micro_batches import STEP_SYMBOLS
 
 pytestmark = pytest.mark.slow
 TOKENS = 8192
@@ -48,7 +47,7 @@ def halved(name: str, layout: str) -> Region:
     gm, ctx = copy.deepcopy(gm), copy_context(ctx)
     shard = Variant(parse_layout(layout), "gather").shard_pass()
     run_pipeline((shard, *pipelines.emission(MI355X)), gm, ctx, after=pipelines.finding(target=MI355X))
-    Chunk(frozenset(g for g, plan in captured.symbols.items() if plan in STEP_SYMBOLS)).run(gm, ctx)
+    Chunk(frozenset(g for g, plan in captured.symbols.items() if plan in STEP)).run(gm, ctx)
     call = next(c for c in flash()[2].calls if c.region == name)
     takes = {i.placeholder: call.binds.get(i.name, i.name) for i in captured.inputs if i.role == "value"}
     return Region(gm, ctx, captured.symbols, captured.outputs, takes)

@@ -14,7 +14,7 @@ LAYERS = {"num_hidden_layers": 3, "compress_ratios": [0, 16, 4, 0], "num_hash_la
 # The fewest regions that a model can have.
 ONE_LAYER = {"num_hidden_layers": 1, "compress_ratios": [0, 0], "num_hash_layers": 1, "vocab_size": 320}
 # Of the artifact that ranks are served from.
-LAYOUTS = ("dp=2,moe=tp", "dp=2,moe=ep", "tp=2", "dp=2,tp=2")
+LAYOUTS = ("dp=2,moe=tp", "dp=2,moe=ep", "tp=2", "dp=2,tp=2", "dp=2,moe=tp,tbo=all")
 LIMITS = ("--max-context", "320", "--max-batch-tokens", "48", "--max-requests", "4", "--max-logit-rows", "40")
 
 

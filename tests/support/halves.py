@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from atomc.artifact.plan import SYMBOLS
 from atomc.capture import Call
 from atomc.ops import Batch
-from atomc.ops.batch import half_rows, middle, split_batch
+from atomc.ops.batch import middle, split_batch
 from atomc.parallel.collectives import is_collective
-from atomc.parallel.sizes import AGREED
+from atomc.parallel.sizes import AGREED, STEP, half_rows
 from atomc.passes.borders import Region, stitch
 from atomc.passes.chunk import Chunk
 from atomc.passes.graph import base_of
@@ -26,7 +25,6 @@ from atomc.passes.row_wise import free_symbols
 from atomc.passes.runner import Context
 from atomc.passes.schedule import ScheduleOverlap
 from tests.support.eager import Caches
-from tests.support.micro_batches import STEP_SYMBOLS
 from tests.support.ranks import run_ranks
 from tests.support.sharded import Compiled, compiled
 
@@ -46,7 +44,6 @@ def node_seconds(fast: float, slow: float, collective: float) -> Callable[[Node]
 
 
 SECONDS = node_seconds(fast=1e-6, slow=1e-4, collective=5e-5)
-assert set(STEP_SYMBOLS) <= set(SYMBOLS)
 
 
 @dataclass
@@ -125,7 +122,7 @@ def chunked(layout: str, form: Any = "gather", hot: bool = False) -> dict[str, t
     for region in whole.program.regions:
         gm, ctx = copy.deepcopy(whole.graphs[region.name]), copy.copy(whole.contexts[region.name])
         ctx.states = {i.placeholder: i.name for i in region.inputs if i.role == "state"}
-        Chunk(frozenset(g for g, plan in region.symbols.items() if plan in STEP_SYMBOLS)).run(gm, ctx)
+        Chunk(frozenset(g for g, plan in region.symbols.items() if plan in STEP)).run(gm, ctx)
         gm.graph.lint()
         gm.recompile()
         found[region.name] = gm, ctx

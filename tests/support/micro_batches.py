@@ -18,13 +18,13 @@ from atomc.models.deepseek_v4.attention import AttentionState
 from atomc.models.source import ModelSource, open_model
 from atomc.ops import Batch
 from atomc.ops.batch import BatchHalves
+from atomc.parallel.sizes import STEP
 from atomc.passes.chunk import Chunk
 from atomc.passes.runner import Context, run_pipeline
 from atomc.recipes import evaluate, instantiate
 from atomc.targets import get_target
 from tests.support.eager import Caches
 
-STEP_SYMBOLS = ("T", "B", "N4", "NH", "L")
 Seen = dict[str, Any]  # node -> value
 Watch = Callable[[Node, tuple[Any, ...], dict[str, Any]], Any]
 
@@ -148,7 +148,7 @@ def cut_region(
 ) -> Cut:
     """A region and its cut; the graph it had stays as it is."""
     whole = GraphModule(gm, gm.graph)
-    tokens = frozenset(graph for graph, plan in symbols.items() if plan in STEP_SYMBOLS)
+    tokens = frozenset(graph for graph, plan in symbols.items() if plan in STEP)
     chunk = Chunk(tokens)
     chunk.run(gm, ctx)
     gm.graph.lint()

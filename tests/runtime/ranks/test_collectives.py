@@ -155,7 +155,7 @@ def test_a_rank_that_is_lost_is_named(
     [
         ("dp=2,moe=ep", 1, "SIGKILL", True, 5, "its process ended"),
         ("dp=2,moe=ep", 0, "SIGSTOP", True, 2, "no sign of life for 2,000 ms"),
-        ("dp=2,moe=tp", 1, "SIGKILL", False, 3, "its process ended"),
+        ("dp=2,moe=tp,tbo=all", 1, "SIGKILL", False, 3, "its process ended"),
         ("tp=2", 1, "sleep", False, 4, "it has not come on for 2,000 ms; the others wait"),
     ],
 )

@@ -125,7 +125,7 @@ def test_ranks_of_a_layout_give_the_texts_of_one(artifact: Path, right: list[str
         Point(2, [FRONT], "SIGSTOP", "seconds", 0.0),
         Point(2, [0], "SIGKILL", "drain", 0.1),
         Point(2, [1], "SIGKILL", "events", 40, "dp=2,moe=ep"),
-        Point(2, [0], "SIGSTOP", "events", 10, "tp=2"),
+        Point(2, [0], "SIGSTOP", "events", 10, "dp=2,moe=tp,tbo=all"),
     ],
     ids=str,
 )
