@@ -266,13 +266,15 @@ def experts_out(
 
 
 @triton.jit
-def sum_choices(y, out, N: tl.constexpr, CHOICES: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows of y [T, CHOICES, N] summed in order, in fp32 -> out [T, N]."""
+def sum_choices(y, indices, out, N: tl.constexpr, CHOICES: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows of y [T, CHOICES, N] summed in order, in fp32 -> out [T, N]; those of no expert (-1) were never written."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     for choice in tl.static_range(CHOICES):
-        total += tl.load(y + (token * CHOICES + choice) * N + column, mask=column < N, other=0.0).to(tl.float32)
+        own = tl.load(indices + token * CHOICES + choice) >= 0
+        at = y + (token * CHOICES + choice) * N + column
+        total += tl.load(at, mask=(column < N) & own, other=0.0).to(tl.float32)
     tl.store(out + token * N + column, total, mask=column < N)
 
 
@@ -363,7 +365,7 @@ def scaled_moe_experts(
 
         matrices = (w13, w13_scales, w2, w2_scales)
         y = moe_hopper.products(device, codes, scales, *matrices, indices, weights, limit, outer, inner, dtype)
-        return _sum(device, y)
+        return _sum(device, y, indices)
     problem = problem_of(experts, choices, d, i, (layout, inner_layout, w13_layout, w2_layout))
     static = choose(device, choices, experts, fused=inner.columns in (32, 128), eights=eights)
     config = measured(device, problem) or static
@@ -378,7 +380,7 @@ def scaled_moe_experts(
     first = matrix_of(device, (w13, w13_scales), l13, outer, k, config.bm, config.first)
     launch_in(device, rows, first, weights, config, a, end, whole, limit, dtype)
     second = matrix_of(device, (w2, w2_scales), l2, inner, i, config.bm, config.second)
-    return launch_out(device, rows, second, a, config, (t, choices, d), dtype)
+    return launch_out(device, rows, second, a, config, indices, d, dtype)
 
 
 @dataclass(frozen=True)
@@ -434,11 +436,11 @@ def launch_in(
 
 
 def launch_out(
-    device: Device, rows: Sorted, w2: Matrix, a: Rows, config: Config, shape: tuple[int, int, int], dtype: torch.dtype
+    device: Device, rows: Sorted, w2: Matrix, a: Rows, config: Config, indices: Tensor, d: int, dtype: torch.dtype
 ) -> Tensor:
-    """The products with w2 [pairs, d], and their sums [t, d] in fp32. shape: (t, choices, d)."""
-    (t, choices, d), part = shape, config.second
-    y = device.empty(shape, dtype)
+    """The products with w2 [pairs, d], and their sums [t, d] in fp32 over a token's choices of experts."""
+    (t, choices), part = indices.shape, config.second
+    y = device.empty((t, choices, d), dtype)
     args = {
         "x": unsigned(a[0]), "x_scale": a[1], "w": w2.w, "w_scale": w2.w_scale, "order": rows.order, "plan": rows.plan,
         "out": y, "PAIRS": t * choices,
@@ -446,7 +448,7 @@ def launch_out(
     constants = {"K": w2.k, "N": d, "BN": part.rows, "BM": config.bm, **w2.constants}
     grid = (rows.tiles * cdiv(d, part.rows),)
     device.launch(experts_out, grid, args, constants, part.warps, part.stages, config.origin)
-    return _sum(device, y)
+    return _sum(device, y, indices)
 
 
 def folds(
@@ -465,11 +467,12 @@ def folds(
     return ASM and device.target.arch == "sm_90" and known and fits and pairs >= 24 * experts
 
 
-def _sum(device: Device, y: Tensor) -> Tensor:
-    """y [T, choices, D] summed over the choices."""
+def _sum(device: Device, y: Tensor, indices: Tensor) -> Tensor:
+    """y [T, choices, D] summed over the choices that have an expert here, by indices [T, choices]."""
     t, choices, d = y.shape
     out = device.empty((t, d), torch.float32)
     block = min(power_of_two(d), 1024)
     constants = {"N": d, "CHOICES": choices, "BLOCK": block}
-    device.launch(sum_choices, (t, cdiv(d, block)), {"y": y, "out": out}, constants, warps=threads(device, block))
+    args = {"y": y, "indices": indices, "out": out}
+    device.launch(sum_choices, (t, cdiv(d, block)), args, constants, warps=threads(device, block))
     return out

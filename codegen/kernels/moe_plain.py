@@ -49,4 +49,4 @@ def moe_experts(
     a = device.empty((t * choices, i), x.dtype), None
     shared = constants_of(device, x.dtype)
     launch_in(device, rows, Matrix(w13, None, shared, d), weights, config, a, end, WHOLE, limit, x.dtype)
-    return launch_out(device, rows, Matrix(w2, None, shared, i), a, config, (t, choices, d), x.dtype)
+    return launch_out(device, rows, Matrix(w2, None, shared, i), a, config, indices, d, x.dtype)
