@@ -27,11 +27,15 @@ BOUNDS: dict[str, Any] = {"tolerance": {F32: 2e-3, BF16: 6e-3}, "gpu_tolerance":
 
 
 def choices(t: int, k: int, e: int, kind: str) -> Tensor:
-    """Experts of each token: `spread` over all, `one` hot expert that all share, `few` experts only, `same` all."""
+    """Experts of each token: `spread` over all, `one` hot expert that all share, `few` experts only, `same` all; `own`:
+    those of odd numbers are another rank's, and so are all of the first token."""
     if kind == "same":
         return torch.arange(k).expand(t, k).contiguous()
     among = min(e, k + 1) if kind == "few" else e
     found = torch.stack([torch.randperm(among)[:k] for _ in range(t)])
+    if kind == "own":
+        found = torch.where(found % 2 == 1, -1, found)
+        found[0] = -1
     if kind == "one":
         found[found == e - 1] = found[:, :1].expand_as(found)[found == e - 1]
         found[:, 0] = e - 1
@@ -154,6 +158,8 @@ CASES = [
     case("experts tiles of 32", experts(30, 3, 6, 128, 128, BF16, kind="same"), tokens=80),
     case("experts tiles of 64, sorted by blocks", experts(150, 4, 5, 128, 128, BF16, kind="one"), tokens=300),
     case("experts sorted by blocks, one expert", experts(90, 3, 3, 128, 128, F32, kind="same"), tokens=400),
+    *(case(f"experts of a rank {t}", experts(t, 4, 8, 128, d, BF16, kind="own"), tokens=n)
+      for t, d, n in [(1, 128, 1), (7, 96, 16), (40, 128, 90)]),
     case("experts huge", experts(3, 2, 4, 128, 128, BF16, size=1e4)),
     case("experts tiny", experts(3, 2, 4, 128, 128, F32, size=1e-6)),
     case("experts with a NaN scale", broken_scale(experts(9, 2, 4, 128, 128, BF16))),

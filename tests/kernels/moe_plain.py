@@ -59,6 +59,8 @@ SHAPES = [
 CASES = [
     *(case(f"plain {t}x{d}x{i} {kind} of {e}", experts(t, k, e, d, i, dtype, kind), dtype, tokens=tokens)
       for t, k, e, d, i, tokens, kind in SHAPES for dtype in (F32, BF16)),
+    *(case(f"plain of a rank {t}", experts(t, 4, 8, 96, 72, dtype, "own"), dtype, tokens=n)
+      for t, n in [(1, 1), (7, 16), (40, 90)] for dtype in (F32, BF16)),
     case("plain huge", experts(3, 2, 4, 128, 128, BF16, size=1e4), BF16),
     case("plain tiny", experts(3, 2, 4, 128, 128, F32, size=1e-6), F32),
     *(case(f"plain with NaN {t}", experts(t, 2, 4, 256, 128, dtype, spoil=True), dtype, tokens=tokens)
