@@ -64,10 +64,7 @@ FOUR = (
     "dp=4,moe=tp", "dp=4,moe=ep", "tp=4,moe=tp", "tp=4,moe=ep", "dp=2,tp=2,moe=tp", "dp=2,tp=2,moe=ep",
     "dp=4,moe=tp,tbo=all", "dp=2,tp=2,moe=ep,tbo=all",
 )  # fmt: skip
-EIGHT = (
-    "dp=8,moe=tp", "dp=8,moe=ep", "dp=2,tp=4,moe=ep", "dp=4,tp=2,moe=ep", "dp=4,tp=2,moe=tp", "dp=8,moe=tp,tbo=all",
-    "dp=2,tp=4,moe=ep,tbo=all",
-)  # fmt: skip
+EIGHT = ("dp=8,moe=tp", "dp=8,moe=ep", "dp=4,tp=2,moe=tp", "dp=2,tp=4,moe=ep,tbo=all")
 
 
 @pytest.mark.slow
@@ -76,7 +73,7 @@ def test_many_ranks_are_one(tmp_path: Path, layouts: tuple[str, ...]) -> None:
     """Every kind of layer; each of four and eight ranks has a batch of its own, or none."""
     artifact = compiled(tmp_path / "model", layouts, **LAYERS)
     idle = [[], [], [[(0, 9)], [(0, 1)]], []]
-    plays = [Play(layout, uneven(layout), how) for layout in layouts for how in ("dummy", "empty")]
+    plays = [Play(layout, uneven(layout), ("dummy", "empty")[at % 2]) for at, layout in enumerate(layouts)]
     plays.append(Play(layouts[1], (idle * 2)[: parse_layout(layouts[1]).dp], "empty"))
     compare(artifact, plays, tmp_path / "run")
 
@@ -107,7 +104,7 @@ def nano(output: Path, scheme: str, layouts: tuple[str, ...]) -> Path:
     [
         ("dp=2,moe=tp", "dp=2,moe=ep", "tp=2,moe=ep", "dp=2,moe=ep,tbo=all", "tp=2,tbo=prefill"),
         ("dp=4,moe=tp", "dp=2,tp=2,moe=ep"),
-        ("dp=8,moe=tp", "dp=8,moe=ep"),
+        ("dp=8,moe=ep",),
     ],
     ids=["2", "4", "8"],
 )
