@@ -178,7 +178,7 @@ def rank_rows(ranks: Sequence[Proven]) -> list[list[str]]:
 def kinds_of_steps(found: Proven) -> list[tuple[str, str]]:
     """Kinds of steps with their forms; those that run in two micro-batches after those that do not."""
     kinds: list[tuple[str, str]] = [*sorted(found.plan.steps.items())]
-    kinds += [(f"{k}, {o.least:,} rows or more", o.form) for k, o in sorted(found.plan.overlap.items())]
+    kinds += [(f"{k} of {o.least:,} rows or more", o.form) for k, o in sorted(found.plan.overlap.items())]
     return kinds
 
 
