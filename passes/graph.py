@@ -13,7 +13,7 @@ import logging
 import operator
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -167,6 +167,9 @@ def value_of(arg: Any) -> Any:
 def quiet(values: Iterable[Any]) -> Iterator[None]:
     """The fake mode of the values; to look at a graph must not narrow it (no guards), nor log what does not fit.
 
+    Sizes that only running tells are the nodes' own: torch must not wait for somebody to bind them, or the next trace
+    with the same sizes fails.
+
     Raises:
         PassError: none of the values is a fake tensor.
     """
@@ -176,7 +179,10 @@ def quiet(values: Iterable[Any]) -> Iterator[None]:
     level = FAKE_LOG.level
     FAKE_LOG.setLevel(logging.CRITICAL)
     try:
-        with mode, nullcontext() if mode.shape_env is None else mode.shape_env.suppress_guards():
+        with mode, ExitStack() as stack:
+            if mode.shape_env is not None:
+                stack.enter_context(mode.shape_env.suppress_guards())
+                stack.enter_context(mode.shape_env.ignore_fresh_unbacked_symbols())
             yield
     finally:
         FAKE_LOG.setLevel(level)

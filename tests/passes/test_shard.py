@@ -64,6 +64,14 @@ UNEVEN: list[list[Step]] = [
 ]
 
 
+def test_counted_sizes_leave_nothing_for_the_next_trace() -> None:
+    """Torch would refuse to trace a pattern on these sizes once, and an operator would stay unfused."""
+    for gm in compiled("dp=3,moe=ep", "route").graphs.values():
+        sizes = [s for n in gm.graph.nodes if isinstance(v := n.meta.get("val"), torch.Tensor) for s in v.shape]
+        envs = {s.node.shape_env for s in sizes if isinstance(s, torch.SymInt)}
+        assert envs and not any(env.pending_fresh_unbacked_symbols for env in envs)
+
+
 @pytest.mark.parametrize(("layout", "form"), LAYOUTS)
 def test_ranks_together_compute_what_one_rank_does(layout: str, form: Form) -> None:
     loads = [UNEVEN[i % 4] for i in range(parse_layout(layout).dp)]
