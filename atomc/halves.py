@@ -3,8 +3,8 @@
 Contract:
     The calls are those of the whole step, each with a region of its own kind between its neighbours' kinds. All halves
     gather: their messages have sizes that all ranks know, which may be in flight over the border of a region. The order
-    of a region is found once, for the largest step of its kind, within the memory of the whole step's regions where an
-    order fits into it; it is right for every step.
+    of a region is found once, for the largest step of its kind, and is right for every step. It keeps to the memory of
+    the whole step, arena and values, where there is an order that does.
 
 Terms:
     open   the last collective of a region's second half, which the next region waits for (`passes.borders`)
@@ -103,7 +103,8 @@ class Halving:
     """Makes a layout's regions for steps of one kind in two micro-batches.
 
     Attributes:
-        cut: the regions of a rank, by the names that one rank's have. limit: bytes of an arena that orders keep to.
+        cut: the regions of a rank, by the names that one rank's have. bounds: the largest sizes. limit: bytes that the
+            buffers of a region may take at them, of its own and of those that it hands on.
     """
 
     cut: Mapping[str, Compiled]
@@ -113,6 +114,7 @@ class Halving:
     target: Target
     config: DeepseekV4Config
     passed: tuple[Pass, ...]  # that have run on them
+    bounds: Mapping[str, int]
     limit: int
     _chunked: dict[str, Compiled] = field(default_factory=dict)
     _made: dict[tuple[str | None, ...], Compiled] = field(default_factory=dict)
@@ -169,7 +171,8 @@ class Halving:
         sizes = dict.fromkeys((*INDEX.values(), "window_pages", "blocks", "slots"), 1)
         for half, part in zip(HALVES, parts, strict=True):
             known = {"T": part.tokens, "B": max(1, round(part.requests)), "L": max(1, round(part.requests))}
-            known |= {"N4": max(1, part.tokens // 4), "NH": max(1, part.tokens // 128)}
+            ratios = self.largest.serving.csa_ratio, self.largest.serving.hca_ratio
+            known |= {name: max(1, part.tokens // n) if n else 1 for name, n in zip(("N4", "NH"), ratios, strict=True)}
             known[AGREED] = half_rows(self.largest.most)[half]
             sizes |= {of_half(name, half): int(size) for name, size in known.items()}
         return NodeCosts(
@@ -188,8 +191,7 @@ class Halving:
 
     def _schedule(self, ours: Compiled, under_way: float) -> None:
         """Put the nodes in order; by more memory only where no order has less."""
-        costs = self._costs(ours)
-        sizes = {name: int(size) for name, size in costs.sizes.items()}
+        costs, sizes = self._costs(ours), {graph: self.bounds[plan] for graph, plan in sizes_of(ours).items()}
         for limit in (self.limit, None):
             order = ScheduleOverlap(costs, sizes, limit, require=False, under_way=under_way)
             try:

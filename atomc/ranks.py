@@ -53,7 +53,7 @@ def layouts_for(texts: Iterable[str], config: DeepseekV4Config, scheme: Scheme) 
 
 
 def layouts_of(texts: Iterable[str]) -> tuple[Layout, ...]:
-    """The layouts that `--parallel` spells, without that of one rank, which is always there.
+    """The layouts that `--parallel` spells, without that of one rank, which is always there (but to overlap nothing).
 
     Raises:
         LayoutError: one cannot be read.
@@ -201,6 +201,9 @@ class Cutting:
         gather = Variant(layout, "gather")
         for kind, rows in least.items():
             plan = linker.halves(plan, kind, rows, self.halves(gather, kind, cut[gather], plan))
+        for kept in (self.graphs, self.rows):  # of regions that are alike one is in the artifact
+            for name in kept.keys() - self.regions.keys():
+                del kept[name]
         return msgspec.structs.replace(plan, why=why)
 
     def cut(self, variant: Variant) -> dict[str, CutRegion]:
@@ -219,7 +222,8 @@ class Cutting:
         passed = (*pipelines.finding(target=self.target), variant.shard_pass(), *pipelines.emission(self.target))
         halving = Halving(
             {name: one.compiled for name, one in cut.items()}, variant.layout, variant.suffix,
-            Largest(kind, self.serving), self.target, self.config, passed, plan.forms[plan.steps[kind]].arena_bytes,
+            Largest(kind, self.serving), self.target, self.config, passed, plan.symbols,
+            (whole := plan.forms[plan.steps[kind]]).arena_bytes + whole.values_bytes,
         )  # fmt: skip
         found: dict[str, RegionPlan] = {}
         regions = halving.regions(self.whole.calls, lambda name, at: self.progress(f"halve {name}", at, 0))

@@ -14,7 +14,7 @@ from atomc.artifact.plan import RegionPlan, Role, carried, of_batch
 from atomc.capture import Region
 from atomc.codegen.device import Variant
 from atomc.codegen.lower import Lowering
-from atomc.parallel.sizes import AGREED, STEP, of_half
+from atomc.parallel.sizes import AGREED, STEP, of_half, of_region
 from atomc.passes.graph import location
 from atomc.passes.runner import Context, Row
 from atomc.targets import Target
@@ -44,6 +44,7 @@ def lower(
     """The region's plan, and the kernels that it launches, by key; `bounds`: the largest value of each size."""
     region, halves = compiled.region, compiled.ctx.chunked is not None
     inputs, outputs, symbols = _in_halves(compiled) if halves else _whole(compiled)
+    bounds = of_region(bounds, halves)
     most = bounds[of_half("T", 0) if halves else "T"]
     lowering = Lowering(
         region.name, region.gm, inputs, outputs, symbols, bounds, location, target,

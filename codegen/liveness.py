@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 import msgspec
 
 from atomc.artifact.buffers import Buffer
-from atomc.artifact.order import apart
-from atomc.artifact.plan import RegionInput, RegionPlan, Role, SlotInfo, Step, held_until, slots_of
+from atomc.artifact.order import apart, held_until
+from atomc.artifact.plan import RegionInput, RegionPlan, Role, SlotInfo, Step, slots_of
 from atomc.codegen.memory import place
 from atomc.codegen.streams import assign
 

@@ -48,6 +48,7 @@ from atomc.codegen.hosts import Host, host_of
 from atomc.codegen.launches import Call, Place, SizeOf, argument, differs, kernel_key, place, record
 from atomc.codegen.liveness import Value, finish
 from atomc.errors import AtomcError
+from atomc.parallel.kinds import WAIT
 from atomc.parallel.sizes import AGREED, COUNTED, HALVES, of_half
 from atomc.targets import Target
 
@@ -237,6 +238,8 @@ class Lowering:
         """The call on meta tensors of the example sizes."""
         target = node.target
         assert isinstance(target, torch._ops.OpOverload)
+        if _qualified(target) == WAIT and isinstance(args[0], Slot):
+            return self._trial[args[0].id]  # what a collective brings is where its result was to be
         given = {k: self._concrete(v) for k, v in kwargs.items()}
         if any(a.name == "device" and a.kwarg_only for a in target._schema.arguments):
             given["device"] = "meta"

@@ -24,7 +24,7 @@ Pseudo-code:
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -32,12 +32,10 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
 from atomc.ops.placement import PlacementError
-from atomc.parallel.sizes import AGREED
+from atomc.parallel.sizes import AGREED, of_half
 from atomc.passes.graph import PassError, calls, location, op_name, quiet, resources_written, value_of
 from atomc.passes.row_wise import RowWise, free_symbols, twin_symbol
 from atomc.passes.runner import Chunked, Context, Match, Pass, Report
-
-HALVES: Final = ("_0", "_1")
 
 
 @dataclass(frozen=True)
@@ -151,7 +149,7 @@ class _Copier:
 
     def _copy(self, node: Node, half: int) -> None:
         """Append a half's copy of a node (of a shared one, the only copy)."""
-        name = node.name + (HALVES[half] if node in self.owned else "")
+        name = of_half(node.name, half) if node in self.owned else node.name
         args, kwargs = self._argument(node.args, half), self._argument(node.kwargs, half)
         target = name if node.op == "placeholder" else node.target
         made = self.graph.create_node(node.op, target, args, kwargs, name, node.type)

@@ -67,7 +67,9 @@ class ScheduleOverlap(Pass):
             )
             for why in found.why
         ]
-        hidden = [nodes[name] for name, exposed in found.exposed.items() if not exposed and name in nodes]
+        refused += [Refusal(f"{where[name]} {name}", "left to the next region") for name in sorted(found.graph.open)]
+        shown = nodes.keys() - found.graph.open
+        hidden = [nodes[name] for name, exposed in found.exposed.items() if not exposed and name in shown]
         return Report([Match(location(node), op_name(node.target)) for node in hidden], refused)
 
 

@@ -32,6 +32,7 @@ class Agreement:
     tokens: tuple[int, ...]
     rows: int
     form: str
+    prefill: bool
 
 
 class RankExecutor(Executor):
@@ -109,7 +110,8 @@ class RankExecutor(Executor):
         if any(len(set(tokens[at : at + along])) > 1 for at in range(0, ranks, along)):
             raise BatchError(f"a step of {list(tokens)} tokens; {along} ranks each share their requests.")
         self._groups.restart()
-        self._agreed = Agreement(tuple(tokens), bucket, self.plan.form("prefill" if prefill else "decode", bucket))
+        form = self.plan.form("prefill" if prefill else "decode", bucket)
+        self._agreed = Agreement(tuple(tokens), bucket, form, prefill)
 
     @torch.inference_mode()
     def step(self, batch: Batch, watch: Watch | None = None) -> Tensor:
@@ -128,7 +130,7 @@ class RankExecutor(Executor):
         self.calls = self.forms[agreed.form]
         if not self.plan.forms[agreed.form].halves:
             return self._run(batch._asdict(), sizes, watch)["logits"]
-        halves = split_batch(batch, middle(batch.query_start, by_requests=False))
+        halves = split_batch(batch, middle(batch.query_start, by_requests=not agreed.prefill))
         fields: dict[str, Tensor] = {}
         for half, part in enumerate((halves.first, halves.second)):
             fields |= {of_batch(name, half): tensor for name, tensor in part._asdict().items()}
@@ -140,5 +142,5 @@ class RankExecutor(Executor):
     def rehearse(self) -> None:
         """One token on every rank, in a step of each form; collectives are counted through, for it is one stage."""
         for form in self.forms:
-            self._agreed = Agreement((1,) * self.plan.mesh.ranks, 2, form)
+            self._agreed = Agreement((1,) * self.plan.mesh.ranks, min(2, self.bounds[AGREED]), form, False)
             super().rehearse()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,11 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
+from atomc.artifact.agreement import prove_layout
 from atomc.artifact.check_ranks import CollectivesError, check_ranks
-from atomc.artifact.plan import CARRIED
+from atomc.artifact.plan import CARRIED, RegionPlan, Slot
 from atomc.artifact.ranks import KINDS, NoLayoutError
 from atomc.artifact.store import ArtifactError
 from atomc.compiler import CompileError, Options, Result, check_stop, compile_model
@@ -30,7 +33,7 @@ from atomc.passes.scheme import get_scheme
 from atomc.ranks import layouts_for, layouts_of
 from atomc.report import read_explanation
 from atomc.runtime.errors import ServingError
-from atomc.runtime.loader import load, load_rank, read_ranks
+from atomc.runtime.loader import load, load_rank, read_plan, read_ranks, read_regions
 from atomc.targets import get_target
 from atomc.verify.collectives import verify_collectives
 from tests.support.artifact import ONE_LAYER
@@ -121,7 +124,13 @@ def test_layouts_share_weights_and_what_is_alike(ranked: tuple[Path, Result]) ->
     assert plans["tp=2,moe=tp"].regions() == [
         "head__tp2_moetp", "layer_swa_hash__tp2_moetp", "prologue__tp2_moetp",
     ]  # fmt: skip
-    assert [(p.proof.steps, p.proof.longest) for p in result.ranks] == [(4, 2), (4, 3), (4, 4), (4, 4)]
+    assert [(p.proof.steps, p.proof.longest) for p in result.ranks] == [(4, 2), (4, 3), (4, 4), (8, 4)]
+
+
+def all_regions(artifact: Path) -> dict[str, RegionPlan]:
+    return {
+        name: region for plan in read_ranks(artifact) for name, region in read_regions(artifact, plan.regions()).items()
+    } | read_plan(artifact)[1]
 
 
 def test_a_layout_may_run_steps_in_two_micro_batches(ranked: tuple[Path, Result]) -> None:
@@ -145,6 +154,28 @@ def test_a_layout_may_run_steps_in_two_micro_batches(ranked: tuple[Path, Result]
         assert not any(name.startswith(CARRIED) for name in (*prologue.outputs, *head.outputs))
         with pytest.raises(CollectivesError, match=r"it takes \['carried.0', .* which hands over \[\]"):
             check_ranks(head, plan)
+        unheld = {name: slot for name, slot in layer.outputs.items() if name != "carried.1"}
+        with pytest.raises(CollectivesError, match="is left to the next region, and what it was given is not"):
+            check_ranks(msgspec.structs.replace(layer, outputs=unheld), plan)
+        first = next(s for s in layer.steps if "sparse_attention" in s.op)  # of the first half, once more at the end
+        with pytest.raises(CollectivesError, match=r"the first half uses state_window after the second"):
+            check_ranks(msgspec.structs.replace(layer, steps=[*layer.steps, first]), plan)
+        known = check_ranks(layer, plan).carried
+        wait = head.steps[waits[0]]
+        unwaited = [
+            msgspec.structs.replace(s, args=[wait.args[0] if a == Slot(wait.outputs[0] or 0) else a for a in s.args])
+            for s in head.steps
+            if s is not wait
+        ]
+        with pytest.raises(CollectivesError, match="the region before started it; it is not waited for once here"):
+            check_ranks(msgspec.structs.replace(head, steps=unwaited), plan, known)
+        short = {name: msgspec.structs.replace(f, calls=f.calls[:2]) for name, f in plan.forms.items()}
+        program = msgspec.structs.replace(load_rank(artifact, plan.layout, 0).program)
+        with pytest.raises(CollectivesError, match="its last region hands over"):
+            prove_layout(
+                msgspec.structs.replace(plan, forms=short),
+                msgspec.structs.replace(program, calls=program.calls[:2]), all_regions(artifact), (16, 48),
+            )  # fmt: skip
     rows = {name for name in read_explanation(artifact) if "halves" in name}
     assert {call.region for form in plan.forms.values() for call in form.calls if form.halves} <= rows
 
@@ -231,6 +262,17 @@ def halves(change: Callable[[dict[str, Any]], None]) -> Callable[[Any], None]:
     return forms(change, "dp=2,moe=tp,tbo=all")
 
 
+def to_sizes(old: str, new: str, op: str) -> Callable[[Any], None]:
+    """A size of a step's arguments for another."""
+
+    def change(plan: Any) -> None:
+        text = json.dumps(step(plan, op)["args"])
+        assert f'"{old}"' in text
+        step(plan, op)["args"] = json.loads(text.replace(f'"{old}"', f'"{new}"'))
+
+    return change
+
+
 def not_held(plan: Any) -> None:
     """What a collective is given is over at its start, as if nobody read it until the wait."""
     start = step(plan, "all_gather")
@@ -269,8 +311,15 @@ TAMPERED: dict[str, tuple[str, Callable[[Any], None], str]] = {
     "an index beyond the mesh": ("plan/ranks.json", forms(lambda p: p["symbols"].update(dp_index=5)), "dp_index 5"),
     "what was sent is overwritten": (HALVES, not_held, "; by the steps from"),
     "a border where something else is taken": (HEAD, takes_another, "which nothing before it makes"),
-    "a border that nobody waits at": (HEAD, never_waits, "the region before started it; it is not waited for"),
-    "a half in two micro-batches": (HALVES, lambda p: p.update(halves=False), "which has not two micro"),
+    "a border that nobody waits at": (HEAD, never_waits, "cannot be a view of slot"),
+    "a half in two micro-batches": (HALVES, lambda p: p.update(halves=False), "uses the unknown symbol 'T_0'"),
+    "rows of the whole step in a half": (HALVES, to_sizes("P_0", "P", "pack_message"), "'P'"),
+    "rows of a half in a whole step": (LAYER, to_sizes("P", "P_0", "pack_message"), "'P_0'"),
+    "rows of the other half": (HALVES, to_sizes("P_0", "P_1", "pack_message"), "where the plan says"),
+    "halves that were asked for":
+        ("plan/ranks.json", halves(lambda p: p["overlap"].pop("decode")), "decode is not in two micro-batches"),
+    "halves from more rows on":
+        ("plan/ranks.json", halves(lambda p: p["overlap"]["prefill"].update(least=9)), "from 2 rows on"),
     "halves of one row": ("plan/ranks.json", halves(lambda p: p["overlap"]["decode"].update(least=1)), "2 rows"),
     "halves that are whole":
         ("plan/ranks.json", halves(lambda p: p["overlap"]["decode"].update(form="gather")), "it needs one in two"),
@@ -295,6 +344,7 @@ def test_a_plan_that_was_tampered_with_is_refused(ranked: tuple[Path, Result], t
         verify_collectives(artifact)
     assert why in str(error.value), str(error.value)
     layout = OF_FILE.get(file, "dp=2,moe=tp,tbo=all" if "halves" in name else "dp=2,moe=ep")
+    layout = {"halves that nobody asked for": "dp=2,moe=tp,tbo=prefill"}.get(name, layout)
     with pytest.raises((CollectivesError, ArtifactError, NoLayoutError)):
         load_rank(artifact, layout, 0)
 

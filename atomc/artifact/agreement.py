@@ -229,7 +229,9 @@ def prove_layout(
     def runs(_rank: int, _state: RankState, agreed: Agreed) -> Sequence[str]:
         return calls[plan.form("prefill" if agreed.prefill else "decode", agreed.rows)]
 
-    proof = prove(found, runs, plan.mesh, buckets)
+    least = {other.least for other in plan.overlap.values()}  # of steps on either side of it
+    rows = sorted({*buckets, *least, *(n - 1 for n in least)})
+    proof = prove(found, runs, plan.mesh, [n for n in rows if 1 <= n <= plan.symbols[AGREED]])
     return Proven(plan, {form: [c for name in names for c in found[name]] for form, names in calls.items()}, proof)
 
 
@@ -263,6 +265,10 @@ def _table_problems(plan: RanksPlan, whole: ProgramPlan, regions: Mapping[str, R
             yield f"{kind} from {other.least} rows on by form {other.form}; it needs one in two micro-batches, 2 rows"
         if layout.tbo == "off" or (layout.tbo == "prefill" and kind == "decode"):
             yield f"{kind} in two micro-batches; the layout says tbo={layout.tbo}"
+    for kind, most in (("prefill", whole.symbols["T"]), ("decode", whole.symbols["B"])):
+        asked = layout.tbo == "all" or layout.tbo == kind
+        if asked and most > 1 and (kind not in plan.overlap or plan.overlap[kind].least != 2):
+            yield f"{kind} is not in two micro-batches from 2 rows on; the layout says tbo={layout.tbo}"
     for name, form in plan.forms.items():
         both = zip(whole.calls, form.calls, strict=False)
         expected = [in_halves(w, regions.get(c.region)) if form.halves else w for w, c in both]

@@ -20,7 +20,7 @@ from atomc.artifact.check_region import Problems, check_region, sizes
 from atomc.artifact.manifest import Manifest, Serving
 from atomc.artifact.plan import DTYPE_BYTES, PROBES, ProgramPlan, RegionPlan, SlotInfo, of_batch
 from atomc.artifact.ranks import FILE, RanksPlan
-from atomc.parallel.sizes import HALVES, of_half
+from atomc.parallel.sizes import HALVES, of_half, of_region
 
 PROGRAM: Final = "plan/program.json"
 RESULT: Final = "logits"
@@ -57,9 +57,10 @@ def check_program(
         for name in sorted(own.keys() - done):
             if own[name].name != name:
                 problems.add(f"plan/{name}.json", f"its name is {own[name].name!r}")
-            check_region(problems, own[name], batch_shapes(serving, own[name].halves), known.symbols)
-            if own[name].halves != (where in halved):
-                problems.add(where, f"calls {name}, which {'has' if own[name].halves else 'has not'} two micro-batches")
+            halves = own[name].halves
+            check_region(problems, own[name], batch_shapes(serving, halves), of_region(known.symbols, halves))
+            if halves != (where in halved):
+                problems.add(where, f"calls {name}, which {'has' if halves else 'has not'} two micro-batches")
         done |= own.keys()
         if not problems.found:  # calls are checked against regions that are right in themselves
             _check_calls(problems, where, known, own, serving, where in halved)

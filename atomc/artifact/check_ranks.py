@@ -24,7 +24,8 @@ import torch
 
 from atomc.artifact.check_region import COLLECTIVE, operator_of
 from atomc.artifact.expr import evaluate, names_in
-from atomc.artifact.plan import CARRIED, PROBES, DType, RegionPlan, Size, Slot, Step
+from atomc.artifact.order import owners_of, touches
+from atomc.artifact.plan import CARRIED, PROBES, DType, RegionPlan, Size, Slot, Step, slots_of
 from atomc.artifact.ranks import RanksPlan
 from atomc.artifact.shapes import like, results_of
 from atomc.errors import ProblemsError
@@ -114,7 +115,7 @@ def check_ranks(region: RegionPlan, plan: RanksPlan, given: Mapping[str, Carried
     if not problems:
         problems = [
             *(p for axis in plan.mesh.names for p in check.placements(axis)),
-            *check.uses(), *check.exchanges(), *check.messages(), *check.owners(),
+            *check.uses(), *check.exchanges(), *check.messages(), *check.owners(), *check.halves(),
         ]  # fmt: skip
     if problems:
         raise CollectivesError(f"plan/{region.name}.json", list(dict.fromkeys(problems)))
@@ -358,11 +359,41 @@ class _Check:
                 yield f"{self.at(unpack)}: takes a message apart otherwise than it was put together ({sent})"
 
     def sent(self, slot: int) -> Step | None:
-        """The step that made what a collective brought, or what was sorted for it."""
-        for ops in ((WAIT,), tuple(KINDS), ("atom.dispatch_rows.default",)):
-            if slot in self.made and self.made[slot][1].op in ops:
-                slot = _slot(self.made[slot][1].args[0])
+        """The step that made what a collective brought, or what was sorted for it; None where none brought it."""
+        for ops in ((WAIT,), tuple(KINDS)):
+            if slot not in self.made or self.made[slot][1].op not in ops:
+                return None
+            slot = _slot(self.made[slot][1].args[0])
+        if slot in self.made and self.made[slot][1].op == "atom.dispatch_rows.default":
+            slot = _slot(self.made[slot][1].args[0])
         return self.made[slot][1] if slot in self.made else None
+
+    def halves(self) -> Iterator[str]:
+        """Of two micro-batches the second finds the state as the first left it: a request may be in both."""
+        if not self.region.halves:
+            return
+        of: dict[int, set[int]] = {}  # slot -> the halves that it depends on
+        for item in (i for i in self.region.inputs if i.role in ("batch", "value")):
+            own = 1 if item.name.startswith(CARRIED) else int(item.name.rpartition(".")[2])
+            of[item.slot] = {own}
+        states = {i.slot for i in self.region.inputs if i.role == "state"}
+        second: dict[int, tuple[bool, Step]] = {}  # state -> its first use by the second half, or first write
+        owner = owners_of(self.region.slots)
+        for step in self.region.steps:
+            given, written = touches(step, owner)
+            halves = set().union(*(of.get(s, set()) for s in slots_of(step) if owner[s] not in states))
+            if len(halves) > 1:
+                yield f"{self.at(step)}: computes with both halves"
+            for slot in step.outputs:
+                if slot is not None:
+                    of[slot] = set(halves)
+            for state in given & states:
+                writes = state in written
+                if 0 in halves and state in second and (writes or second[state][0]):
+                    name = self.region.slots[state].name
+                    yield f"{self.at(step)}: the first half uses {name} after the second ({self.at(second[state][1])})"
+                elif 1 in halves and not second.get(state, (False, step))[0]:
+                    second[state] = writes, second[state][1] if state in second and not writes else step
 
     def owner(self, slot: int) -> int:
         """The slot whose storage a slot has."""

@@ -13,7 +13,7 @@ from atomc.artifact.buffers import aligned, of_bucket, slot_bytes
 from atomc.artifact.check_layouts import check_layouts, check_results
 from atomc.artifact.expr import ExpressionError, evaluate, names_in, parse
 from atomc.artifact.names import Names
-from atomc.artifact.order import apart, check_streams, owners_of
+from atomc.artifact.order import apart, check_streams, held_until, owners_of
 from atomc.artifact.plan import (
     ALIGNMENT,
     DTYPE_BYTES,
@@ -25,12 +25,12 @@ from atomc.artifact.plan import (
     Slot,
     SlotInfo,
     Step,
-    held_until,
     slots_in,
     slots_of,
 )  # fmt: skip
 from atomc.artifact.store import ArtifactError
 from atomc.ops.library import CALLS
+from atomc.parallel.kinds import WAIT
 from atomc.parallel.sizes import COUNTED, of_half
 
 COLLECTIVE: Final = "_c10d_functional"
@@ -290,7 +290,7 @@ def _results(step: Step, op: torch._ops.OpOverload, region: RegionPlan, taken: s
             yield f"result slot {slot} is out of range"
             continue
         info = region.slots[slot]
-        aliases = returns[0 if listed else index].alias_info is not None
+        aliases = returns[0 if listed else index].alias_info is not None or step.op == WAIT
         if slot in taken:
             yield f"result slot {slot} ({info.name}) has a value already"
         if info.base is not None and not (aliases and info.base in owners):

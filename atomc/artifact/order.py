@@ -15,14 +15,15 @@ Terms:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
 import torch
 
 import atomc.ops  # noqa: F401  defines torch.ops.atom
 from atomc.artifact.check_layouts import Adds
-from atomc.artifact.plan import Bucket, Slot, SlotInfo, Step, slots_of
+from atomc.artifact.plan import Bucket, Slot, SlotInfo, Step, slots_in, slots_of
+from atomc.parallel.kinds import KINDS, WAIT
 
 # The main one and four at its sides: a CSA layer's queries, its rows, and the rows, queries and weights of its index.
 STREAMS: Final = 5
@@ -61,6 +62,17 @@ def touches(step: Step, owner: Sequence[int]) -> tuple[set[int], set[int]]:
     scratch = [slot for bucket in step.buckets for slot in bucket.scratch]
     written = {owner[s] for s in (*step.outputs, *mutated(step), *scratch) if s is not None}
     return {owner[s] for s in (*slots_of(step), *launched)} | written, written
+
+
+def held_until(steps: Sequence[Step]) -> Iterator[tuple[int, int]]:
+    """(the step that waits for a collective, the slot that it was given): until then its memory is in use."""
+    given: dict[int, int] = {}  # what a collective gives -> what it was given
+    for at, step in enumerate(steps):
+        first = next((slot for arg in step.args[:1] for slot in slots_in(arg)), None)
+        if step.op in KINDS and first is not None:
+            given |= {slot: first for slot in step.outputs if slot is not None}
+        elif step.op == WAIT and first in given:
+            yield at, given[first]
 
 
 def dependencies(steps: Sequence[Step], owner: Sequence[int]) -> list[list[int]]:

@@ -5,36 +5,41 @@ Sizes are integer expressions of the artifact's symbols (`4*T`, `T//4 + B`), see
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Final, Literal, TypeAlias
 
 import msgspec
 
-from atomc.parallel.kinds import KINDS, WAIT
-from atomc.parallel.sizes import AGREED, COUNTED, INDEX, STEP
+from atomc.parallel.sizes import AGREED, COUNTED, HALVES, INDEX, STEP, of_half
 
 # T tokens, B requests, N4 / NH completed CSA / HCA windows, L wanted logits; sizes of the pools of state.
 SYMBOLS: Final = (*STEP, "window_pages", "blocks", "slots")
 
 
 class Probe(dict[str, int]):
-    """Example sizes; of a counted one by its number, of a micro-batch by those of the step."""
+    """Example sizes; `halves`: those of two micro-batches. Of a counted one by its number."""
+
+    halves: Mapping[str, int]
 
     def __missing__(self, name: str) -> int:
-        whole, _, half = name.rpartition("_")
-        if half in ("0", "1") and whole in (*STEP, AGREED):
-            return self[whole] + 68 * int(half)  # which no other size is
+        if name in self.halves:
+            return self.halves[name]
         if not (name.startswith(COUNTED) and name[1:].isdigit()):
             raise KeyError(name)
         return 2 * int(name[1:]) + self["slots"]
 
 
-def _probe(*sizes: int) -> Probe:
-    return Probe(zip((*SYMBOLS, AGREED, *INDEX.values()), sizes, strict=True))
+def _probe(sizes: Sequence[int], halves: Sequence[int]) -> Probe:
+    found = Probe(zip((*SYMBOLS, AGREED, *INDEX.values()), sizes, strict=True))
+    found.halves = dict(zip((of_half(name, half) for half in HALVES for name in (*STEP, AGREED)), halves, strict=True))
+    return found
 
 
-# Two sets of sizes that no layout's block divides by accident; shapes that agree on both agree.
-PROBES: Final = _probe(11, 3, 5, 7, 2, 13, 17, 19, 23, 1, 1), _probe(101, 29, 31, 37, 41, 43, 47, 53, 103, 2, 3)
+# Two sets of sizes, distinct primes, that no layout's block divides by accident; shapes that agree on both agree.
+PROBES: Final = (
+    _probe((11, 3, 5, 7, 2, 13, 17, 19, 23, 1, 1), (29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73)),
+    _probe((101, 29, 31, 37, 41, 43, 47, 53, 103, 2, 3), (107, 109, 113, 127, 131, 137, 139, 149, 151, 157, 163, 167)),
+)
 DTYPE_BYTES: Final = {
     "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e4m3fnuz": 1, "float8_e5m2": 1,
     "float8_e5m2fnuz": 1, "float8_e8m0fnu": 1,
@@ -241,17 +246,6 @@ class ProgramPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     states: dict[str, list[StateTensor]]
     values_bytes: int
     arena_bytes: int
-
-
-def held_until(steps: Sequence[Step]) -> Iterator[tuple[int, int]]:
-    """(the step that waits for a collective, the slot that it was given): until then its memory is in use."""
-    given: dict[int, int] = {}  # what a collective gives -> what it was given
-    for at, step in enumerate(steps):
-        first = next((slot for arg in step.args[:1] for slot in slots_in(arg)), None)
-        if step.op in KINDS and first is not None:
-            given |= {slot: first for slot in step.outputs if slot is not None}
-        elif step.op == WAIT and first in given:
-            yield at, given[first]
 
 
 def slots_in(arg: Arg) -> Iterator[int]:

@@ -134,6 +134,8 @@ def _show_matches(explanation: Explanation) -> None:
     from atomc.cli.console import stdout, table
 
     for region, rows in explanation.items():
+        if not rows:
+            continue  # the pass did not run on it
         places = [[row.name, match.where, match.module] for row in rows for match in row.matches]
         if places:
             stdout().print()

@@ -54,17 +54,6 @@ class BatchHalves(NamedTuple):
     logit_rows: torch.Tensor
 
 
-def has_halves(most: int) -> bool:
-    """Whether a step is cut in two, on every rank or on none.
-
-    Args:
-        most: tokens (where it is cut between requests: requests with tokens) of the rank that has most of them. It is
-            reduced over the ranks with the step's other metadata, so that all decide alike: what a rank has itself must
-            not decide. Ranks with fewer have an empty half, or two.
-    """
-    return most > 1
-
-
 def middle(query_start: torch.Tensor, *, by_requests: bool) -> int:
     """The token at which a rank's step is cut in two; all of it is the first half where it has one token, or request.
 

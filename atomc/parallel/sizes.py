@@ -17,6 +17,13 @@ def of_half(name: str, half: int) -> str:
     return f"{name}_{half}"
 
 
+def of_region(bounds: Mapping[str, int], halves: bool) -> dict[str, int]:
+    """Those of the sizes that a region may use: of the whole step, or of its two micro-batches."""
+    whole = {*STEP, AGREED}
+    parts = {of_half(name, half) for name in whole for half in HALVES}
+    return {name: size for name, size in bounds.items() if name not in (whole if halves else parts)}
+
+
 def half_rows(most: int) -> tuple[int, int]:
     """Tokens, or rows of messages, of each half of a step of so many: it is cut at the middle."""
     return (most + 1) // 2, most // 2

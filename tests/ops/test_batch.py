@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from atomc.ops import Batch
-from atomc.ops.batch import has_halves, middle, split_batch
+from atomc.ops.batch import middle, split_batch
 from atomc.parallel.sizes import half_rows
 
 RATIOS = (4, 32)
@@ -91,11 +91,10 @@ def test_requests_without_tokens_do_not_move_the_middle(starts: list[int], cut: 
 def test_ranks_agree_on_halves_that_hold_what_each_has(loads: list[int]) -> None:
     """By the fullest rank alone: a rank of one token or none takes part, and no half is longer than its messages."""
     most = max(loads)
-    assert has_halves(most) == (most >= 2)
     for tokens in loads:
         cut = middle(torch.tensor([0, tokens]), by_requests=False)
         assert cut <= half_rows(most)[0]
-        assert tokens - cut <= half_rows(most)[1] or not has_halves(most)
+        assert tokens - cut <= half_rows(most)[1] or most < 2
 
 
 def test_a_half_may_be_empty() -> None:

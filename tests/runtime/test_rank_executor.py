@@ -57,6 +57,7 @@ def test_two_ranks_are_one(tmp_path: Path) -> None:
     artifact = compiled(tmp_path / "model", SMALL, **ONE_LAYER)
     plays = [Play(layout, uneven(layout)) for layout in SMALL]
     plays += [Play("dp=2,moe=ep", [[], UNEVEN[1]], "empty", 3), Play("dp=2,moe=tp", [UNEVEN[2], []], "dummy", 2)]
+    plays += [Play("dp=2,moe=ep,tbo=all", [UNEVEN[2], []], "empty", 3)]  # both halves have rows of padding
     compare(artifact, plays, tmp_path / "run")
 
 
