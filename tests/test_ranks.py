@@ -171,7 +171,7 @@ def test_a_layout_may_run_steps_in_two_micro_batches(ranked: tuple[Path, Result]
             check_ranks(msgspec.structs.replace(head, steps=unwaited), plan, known)
         short = {name: msgspec.structs.replace(f, calls=f.calls[:2]) for name, f in plan.forms.items()}
         program = msgspec.structs.replace(load_rank(artifact, plan.layout, 0).program)
-        with pytest.raises(CollectivesError, match="its last region hands over"):
+        with pytest.raises(CollectivesError, match="the last region hands over"):
             prove_layout(
                 msgspec.structs.replace(plan, forms=short),
                 msgspec.structs.replace(program, calls=program.calls[:2]), all_regions(artifact), (16, 48),
