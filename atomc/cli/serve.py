@@ -145,7 +145,10 @@ def _serve_ranks(
 def _greet(
     artifact: Path, serving: Serving, capacities: list[str], listener: socket.socket, names: tuple[str, ...]
 ) -> None:
-    typer.echo(f"{' '.join(names) or serving.model_name} from {artifact}, target cpu")
+    from atomc.artifact.store import read_manifest
+
+    target = read_manifest(artifact).target
+    typer.echo(f"{' '.join(names) or serving.model_name} from {artifact}, target {target}")
     for capacity in capacities:
         typer.echo(f"  {capacity}")
     typer.echo(f"  {_url(listener)}/v1/completions  /v1/chat/completions  /v1/models  /health  /metrics")

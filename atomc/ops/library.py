@@ -44,7 +44,7 @@ def _scaled_mm_works(device: torch.device) -> bool:
 
 @dataclass(frozen=True)
 class Call:
-    """A call. `rows`: of what number the rows of its first argument must be a multiple. `works`: tries it."""
+    """A call. `rows`: of what number the rows of its first argument, some, must be a multiple. `works`: tries it."""
 
     run: Callable[..., None]
     rows: int
@@ -52,7 +52,8 @@ class Call:
 
     def fits(self, x: Tensor) -> bool:
         """Whether it takes a first argument x [..., K] of so many rows."""
-        return x.shape[:-1].numel() % self.rows == 0
+        rows = x.shape[:-1].numel()
+        return rows > 0 and rows % self.rows == 0
 
 
 # cuBLASLt wants 16 bytes of scales for each block of columns.
