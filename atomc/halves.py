@@ -166,7 +166,8 @@ class Halving:
 
     def _costs(self, ours: Compiled) -> NodeCosts:
         """What the nodes take in the largest step."""
-        target = self.target if self.target.link.rate else get_target(STAND_IN)
+        linked = bool(self.target.link.rate)
+        target = self.target if linked else get_target(STAND_IN)
         parts = self.largest.step().halves or []
         sizes = dict.fromkeys((*INDEX.values(), "window_pages", "blocks", "slots"), 1)
         for half, part in zip(HALVES, parts, strict=True):
@@ -178,7 +179,7 @@ class Halving:
         return NodeCosts(
             target, {graph: sizes[plan] for graph, plan in sizes_of(ours).items()},
             {"dp": self.layout.dp, "tp": self.layout.tp}, [Load(p.requests, p.context) for p in parts],
-            self.config.n_routed_experts, frozenset(ours.ctx.weights),
+            self.config.n_routed_experts, frozenset(ours.ctx.weights), lenient=not linked,
         )  # fmt: skip
 
     def _under_way(self, call: CallPlan | None, before: Region | None) -> float:

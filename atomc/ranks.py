@@ -28,7 +28,7 @@ from atomc.halves import Halving, Largest, overlapped
 from atomc.models.deepseek_v4.config import DeepseekV4Config
 from atomc.models.deepseek_v4.sharding import placement_of, promised_cuts
 from atomc.ops.placement import Placement, Shard
-from atomc.parallel.layout import Layout, parse_layout
+from atomc.parallel.layout import Layout, LayoutError, parse_layout
 from atomc.parallel.sizes import COUNTED, bounds
 from atomc.passes import pipelines
 from atomc.passes.runner import Row, run_pipeline
@@ -53,13 +53,15 @@ def layouts_for(texts: Iterable[str], config: DeepseekV4Config, scheme: Scheme) 
 
 
 def layouts_of(texts: Iterable[str]) -> tuple[Layout, ...]:
-    """The layouts that `--parallel` spells, without that of one rank, which is always there (but to overlap nothing).
+    """The layouts that `--parallel` spells, without that of one rank, which is always there.
 
     Raises:
-        LayoutError: one cannot be read.
+        LayoutError: one cannot be read, or overlaps what one rank does.
     """
     found = tuple(dict.fromkeys(parse_layout(text) for text in texts))
-    return tuple(layout for layout in found if layout.ranks > 1 or layout.tbo != "off")
+    if alone := [layout for layout in found if layout.ranks == 1 and layout.tbo != "off"]:
+        raise LayoutError(f"--parallel {alone[0]}: one rank has no collectives to overlap; leave tbo out.")
+    return tuple(layout for layout in found if layout.ranks > 1)
 
 
 @dataclass(frozen=True)

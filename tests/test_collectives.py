@@ -74,7 +74,7 @@ class Graph:
         return self.variant.layout.mesh
 
     def check(self) -> list[Collective]:
-        return check_ranks(*self.plan())
+        return check_ranks(*self.plan()).collectives
 
 
 def regions() -> list[str]:

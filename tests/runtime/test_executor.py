@@ -112,7 +112,7 @@ def test_a_decode_step_padded_to_a_graph_is_the_step_itself(artifact: Path) -> N
     staging, bucket = Staging(executor.serving, executor.bounds, torch.device("cpu")), 4
     staging.put_decode(batch, bucket, executor.num_slots)
     sizes = {**dict.fromkeys(("T", "B", "N4", "NH", "L"), bucket), **{p: executor.pools.of(p) for p in POOLS}}
-    found = executor._run(staging.views(staging.decode_shapes(bucket)), sizes)
+    found = executor._run(staging.views(staging.decode_shapes(bucket)), sizes)["logits"]
     torch.testing.assert_close(found[:3], wanted, rtol=0, atol=1e-5)
     for name, state in executor.states.items():
         rows = slice(1, executor.num_slots if state.shape[0] == executor.num_slots + 1 else None)
