@@ -374,7 +374,7 @@ def test_a_pass_that_forgets_a_sum_does_not_compile(tmp_path: Path, monkeypatch:
     ("model", "layouts"),
     [
         ("deepseek-v4-flash", ("dp=8,moe=tp,tbo=prefill", "dp=8,moe=ep,tbo=auto")),
-        ("deepseek-v4-pro", ("dp=8,moe=ep,tbo=auto",)),
+        ("deepseek-v4-pro", ("dp=8,moe=ep",)),
     ],
 )
 def test_the_large_models_compile_for_eight_ranks(tmp_path: Path, model: str, layouts: tuple[str, ...]) -> None:
@@ -385,9 +385,10 @@ def test_the_large_models_compile_for_eight_ranks(tmp_path: Path, model: str, la
     for found in result.ranks:
         assert found.plan.mesh.ranks == 8
         assert {c.kind for c in found.collectives["gather"]} == {"all_gather", "reduce_scatter"}
-        assert [len(found.collectives[f]) for f in ("gather", "prefill_halves")] == [2 * layers, 4 * layers]
-        assert found.plan.overlap.keys() == {"prefill"}
-        assert found.plan.forms["prefill_halves"].arena_bytes <= found.plan.forms["gather"].arena_bytes
-    assert result.ranks[-1].plan.overlap["prefill"].least > 2  # tbo=auto
-    assert "less of exposed communication" in result.ranks[-1].plan.why["decode"]
+        assert len(found.collectives["gather"]) == 2 * layers
+        if "tbo" in found.plan.layout:
+            assert len(found.collectives["prefill_halves"]) == 4 * layers
+            assert found.plan.overlap.keys() == {"prefill"}
+            assert found.plan.forms["prefill_halves"].arena_bytes <= found.plan.forms["gather"].arena_bytes
+            assert (found.plan.overlap["prefill"].least > 2) == ("auto" in found.plan.layout)
     assert tuple(one.plan.layout for one in verify_collectives(tmp_path / "a.atom")) == layouts

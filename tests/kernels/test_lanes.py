@@ -25,7 +25,7 @@ from atomc.targets import TARGETS, Target, get_target
 
 FAMILIES = sorted(p.stem for p in Path(__file__).parent.glob("*.py") if not p.stem.startswith(("lane", "test_")))
 GPUS = [name for name, target in TARGETS.items() if target.is_gpu and name != "h200"]  # h200 is an h100 to a compiler
-EXCERPT = 4  # one variant in so many is compiled in `make test`, beside both ends of each kernel's table
+EXCERPT = 8  # one variant in so many is compiled in `make test`, beside both ends of each kernel's table
 
 
 @pytest.mark.slow
