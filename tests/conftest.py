@@ -38,14 +38,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 # Modules whose every test captures or compiles a model, or asks transformers: `make check` leaves them to `make test`.
 SLOW_MODULES = frozenset(
     {
-        "artifact/test_check.py", "artifact/test_damage.py", "models/test_model.py", "models/test_mtp.py",
-        "models/test_mutations.py", "models/test_nano_dense.py", "models/test_nano_training.py",
+        "artifact/test_check.py", "artifact/test_damage.py", "codegen/test_missing.py", "models/test_model.py",
+        "models/test_mtp.py", "models/test_mutations.py", "models/test_nano_dense.py", "models/test_nano_training.py",
         "passes/test_chunk.py", "passes/test_fusions.py", "passes/test_promises.py", "passes/test_quant_fusions.py",
-        "passes/test_schedule.py", "passes/test_shard.py", "planning/test_nodes.py",
-        "runtime/test_evaluate.py", "runtime/test_executor.py", "runtime/test_native.py", "runtime/test_rank_executor.py",
-        "codegen/test_missing.py", "test_bad_input.py", "test_capture.py", "test_cli.py", "test_collectives.py",
-        "test_compiler.py", "test_dynamo.py", "test_dynamo_transformers.py", "test_inspect_kernels.py", "test_ranks.py", "test_sizes.py", "verify/test_clean.py",
-        "verify/test_cli.py", "verify/test_faults.py", "verify/test_gpu.py",
+        "passes/test_schedule.py", "passes/test_shard.py", "planning/test_nodes.py", "runtime/test_evaluate.py",
+        "runtime/test_executor.py", "runtime/test_native.py", "runtime/test_rank_executor.py", "test_bad_input.py",
+        "test_capture.py", "test_cli.py", "test_collectives.py", "test_compiler.py", "test_dynamo.py",
+        "test_dynamo_transformers.py", "test_inspect_kernels.py", "test_ranks.py", "test_sizes.py",
+        "verify/test_clean.py", "verify/test_cli.py", "verify/test_faults.py", "verify/test_gpu.py",
     }
 )  # fmt: skip
 
