@@ -135,5 +135,6 @@ def mean_rows(most: int | None, ratio: int, tokens: float, context: float) -> fl
 
 
 def hit(experts: int, chosen: int) -> Formula:
-    """Distinct experts that T tokens choose (see the module)."""
-    return _atom(f"hit({experts}, {chosen})", lambda s: experts * (1 - (1 - chosen / experts) ** s["T"]))
+    """Distinct experts that T tokens choose (see the module); all, where a token has as many choices as there are."""
+    missed = max(0.0, 1 - chosen / experts)
+    return _atom(f"hit({experts}, {chosen})", lambda s: experts * (1 - missed ** s["T"]))

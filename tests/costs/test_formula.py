@@ -41,3 +41,9 @@ def test_the_rows_of_a_token_are_those_of_the_mean_token(
     positions = range(context - tokens + 1, context + 1)
     exact = sum(min(p / ratio, most if most is not None else p) for p in positions) / tokens
     assert mean_rows(most, ratio, tokens, context) == pytest.approx(exact, rel=2e-3, abs=0.13 / ratio)
+
+
+def test_a_rank_with_fewer_experts_than_choices_has_all_of_them_hit() -> None:
+    assert [hit(3, 6).at({"T": tokens}) for tokens in (1, 2, 16)] == [3, 3, 3]
+    assert hit(6, 6).at({"T": 1}) == 6
+    assert hit(8, 2).at({"T": 1}) == 2
