@@ -22,19 +22,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-from torch.fx import Node
-
 from atomc.artifact.manifest import Serving
 from atomc.artifact.order import buckets_of
 from atomc.artifact.plan import CallPlan
 from atomc.artifact.ranks import KINDS, Kind
 from atomc.models.deepseek_v4.config import DeepseekV4Config
-from atomc.parallel.collectives import is_collective
 from atomc.parallel.layout import Layout
 from atomc.parallel.sizes import AGREED, HALVES, INDEX, STEP, half_rows, of_half
-from atomc.passes.borders import Region, stitch
+from atomc.passes.borders import Region, last_collective, stitch
 from atomc.passes.chunk import Chunk
-from atomc.passes.graph import calls
 from atomc.passes.overlap import OverlapError
 from atomc.passes.runner import Pass, run_pipeline
 from atomc.passes.schedule import ScheduleOverlap
@@ -186,9 +182,9 @@ class Halving:
         """Seconds of the collective that the region before leaves open; 0 where it leaves none."""
         if call is None or before is None or not before.chunked.carried:
             return 0.0
-        one = self._two(call.region)
-        costs = self._costs(Compiled(replace(one.region, gm=before.gm), before.ctx, []))
-        return costs(_last(before)).seconds
+        one, left = self._two(call.region), last_collective(before.gm)
+        assert left is not None, "what is carried is of a collective"
+        return self._costs(Compiled(replace(one.region, gm=before.gm), before.ctx, []))(left).seconds
 
     def _schedule(self, ours: Compiled, under_way: float) -> None:
         """Put the nodes in order; by more memory only where no order has less."""
@@ -201,9 +197,3 @@ class Halving:
             except OverlapError:
                 if limit is None:
                     raise
-
-
-def _last(region: Region) -> Node:
-    """The last collective of the second half."""
-    nodes = [n for n in calls(region.gm.graph) if is_collective(n) and n.meta.get("half") == 1]
-    return nodes[-1]

@@ -90,9 +90,14 @@ def stitch(first: Region, second: Region) -> bool:
     return True
 
 
+def last_collective(gm: GraphModule) -> Node | None:
+    """That of the second half, which is left open where what follows from it moves."""
+    return next((n for n in reversed(list(calls(gm.graph))) if is_collective(n) and n.meta.get("half") == 1), None)
+
+
 def movable(gm: GraphModule) -> list[Node]:
     """The wait of the second half's last collective and what follows from it, in order; empty if it may not move."""
-    last = next((n for n in reversed(list(calls(gm.graph))) if is_collective(n) and n.meta.get("half") == 1), None)
+    last = last_collective(gm)
     if last is None:
         return []
     moved: dict[Node, None] = {}

@@ -50,6 +50,9 @@ atom = torch.ops.atom
 Hint = Callable[[str, str, str], Placement]
 Form = Literal["gather", "route"]
 
+F32 = torch.float32
+EXPERTS: dict[Any, tuple[int, int]] = {getattr(atom, name).default: count for name, count in _rules.EXPERTS.items()}
+
 
 def form_of(layout: Layout, target: Target, kind: Literal["prefill", "decode"]) -> Form:
     """Which form a step of a kind takes.
@@ -58,10 +61,6 @@ def form_of(layout: Layout, target: Target, kind: Literal["prefill", "decode"]) 
     """
     routes = layout.moe == "ep" and layout.dp > 1 and kind == "prefill" and not target.is_gpu
     return "route" if routes else "gather"
-
-
-F32 = torch.float32
-EXPERTS: dict[Any, tuple[int, int]] = {getattr(atom, name).default: count for name, count in _rules.EXPERTS.items()}
 
 
 @dataclass(frozen=True)

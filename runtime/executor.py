@@ -43,13 +43,17 @@ class PoolSizes:
     slots: int
 
     def __post_init__(self) -> None:
-        for pool in ("window_pages", "blocks", "slots"):
-            if self.of(pool) < 1:
-                raise ServingError(f"The caches have {self.of(pool)} {pool}; at least 1 is needed.")
+        for pool, size in self.symbols().items():
+            if size < 1:
+                raise ServingError(f"The caches have {size} {pool}; at least 1 is needed.")
 
     def of(self, pool: str) -> int:
         size: int = getattr(self, pool)
         return size
+
+    def symbols(self) -> Sizes:
+        """As sizes of a step."""
+        return {name: self.of(name) for name in ("window_pages", "blocks", "slots")}
 
 
 @dataclass(frozen=True)
@@ -251,11 +255,10 @@ class Executor:
     @torch.inference_mode()
     def _capture(self, staging: Staging, gpu: Gpu, aside: bool, dependent: bool) -> DecodeGraphs:
         """Graphs of decode steps; what they wrote is padding."""
-        pools = {name: self.pools.of(name) for name in ("window_pages", "blocks", "slots")}
 
         def run(fields: Mapping[str, Tensor], requests: int) -> Tensor:
             with gpu.on_streams(aside and requests <= SIDE_TOKENS, dependent):
-                return self._run(fields, {**dict.fromkeys(STEP, requests), **pools})["logits"]
+                return self._run(fields, dict.fromkeys(STEP, requests) | self.pools.symbols())["logits"]
 
         most = min(self.num_slots, *(self.bounds[name] for name in STEP))
         graphs = DecodeGraphs(staging, most, self.num_slots, run)
@@ -288,8 +291,7 @@ class Executor:
             state[-1].zero_()
 
     def _sizes(self, batch: Batch) -> Sizes:
-        pools = {name: self.pools.of(name) for name in ("window_pages", "blocks", "slots")}
-        sizes = {**step_sizes(batch), **pools}
+        sizes = step_sizes(batch) | self.pools.symbols()
         for symbol in STEP:
             if not self.least <= sizes[symbol] <= self.bounds[symbol]:
                 legal = f"{self.least} to {self.bounds[symbol]}"

@@ -262,7 +262,8 @@ def _table_problems(plan: RanksPlan, whole: ProgramPlan, regions: Mapping[str, R
         yield f"steps are {plan.steps}; each of {', '.join(KINDS)} needs one of the forms {sorted(whole_forms)}"
     for kind, other in plan.overlap.items():
         if other.form not in plan.forms.keys() - whole_forms or other.least < 2:
-            yield f"{kind} from {other.least} rows on by form {other.form}; it needs one in two micro-batches, 2 rows"
+            given = f"{other.form} from {other.least} rows on"
+            yield f"{kind} takes {given}; it needs one in two micro-batches, from 2 rows on"
         if layout.tbo == "off" or (layout.tbo == "prefill" and kind == "decode"):
             yield f"{kind} in two micro-batches; the layout says tbo={layout.tbo}"
     for kind, most in (("prefill", whole.symbols["T"]), ("decode", whole.symbols["B"])):
@@ -272,15 +273,15 @@ def _table_problems(plan: RanksPlan, whole: ProgramPlan, regions: Mapping[str, R
     for name, form in plan.forms.items():
         both = zip(whole.calls, form.calls, strict=False)
         expected = [in_halves(w, regions.get(c.region)) if form.halves else w for w, c in both]
-        given, due = ([(c.prefix, c.binds) for c in calls] for calls in (form.calls, expected))
-        if given != due or len(due) != len(whole.calls):
+        ours, due = ([(c.prefix, c.binds) for c in calls] for calls in (form.calls, expected))
+        if ours != due or len(due) != len(whole.calls):
             yield f"form {name} does not call for each layer what one rank calls"
             continue
-        for ours, theirs in {(a.region, b.region) for a, b in zip(form.calls, whole.calls, strict=True)}:
-            if ours not in regions or theirs not in regions:
-                yield f"form {name} calls {ours}, which is no region"
+        for region, theirs in {(a.region, b.region) for a, b in zip(form.calls, whole.calls, strict=True)}:
+            if region not in regions or theirs not in regions:
+                yield f"form {name} calls {region}, which is no region"
             else:
-                yield from _weight_problems(plan, regions[ours], regions[theirs])
+                yield from _weight_problems(plan, regions[region], regions[theirs])
 
 
 def _checked(plan: RanksPlan, regions: Mapping[str, RegionPlan]) -> dict[str, list[Collective]]:

@@ -59,9 +59,10 @@ def check_program(
                 problems.add(f"plan/{name}.json", f"its name is {own[name].name!r}")
             halves = own[name].halves
             check_region(problems, own[name], batch_shapes(serving, halves), of_region(known.symbols, halves))
-            if halves != (where in halved):
-                problems.add(where, f"calls {name}, which {'has' if halves else 'has not'} two micro-batches")
         done |= own.keys()
+        for name, region in own.items():
+            if region.halves != (where in halved):
+                problems.add(where, f"calls {name}, which {'has' if region.halves else 'has not'} two micro-batches")
         if not problems.found:  # calls are checked against regions that are right in themselves
             _check_calls(problems, where, known, own, serving, where in halved)
         if not problems.found:

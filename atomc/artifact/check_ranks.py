@@ -22,7 +22,7 @@ from typing import Any, Final, Literal
 
 import torch
 
-from atomc.artifact.check_region import COLLECTIVE, operator_of
+from atomc.artifact.check_region import operator_of
 from atomc.artifact.expr import evaluate, names_in
 from atomc.artifact.order import owners_of, touches
 from atomc.artifact.plan import CARRIED, PROBES, DType, RegionPlan, Size, Slot, Step, slots_of
@@ -33,7 +33,7 @@ from atomc.ops.placement import REPLICATE, Call, Operand, Placement, PlacementEr
 from atomc.ops.placement import Size as Number
 from atomc.ops.placement_exchange import EXPERTS
 from atomc.ops.placement_rules import propagate
-from atomc.parallel.kinds import KINDS, WAIT, Kind, placed
+from atomc.parallel.kinds import KINDS, NAMESPACE, WAIT, Kind, placed
 from atomc.parallel.layout import parse_layout
 from atomc.parallel.sizes import AGREED, COUNTED, HALVES, INDEX, of_half
 
@@ -139,8 +139,10 @@ class _Check:
     known: dict[str, dict[int, Placement]] = field(default_factory=dict)  # axis -> slot -> its placement
     made: dict[int, tuple[int, Step]] = field(init=False)  # slot -> the step that makes it
     readers: dict[int, list[Step]] = field(init=False)
+    owner: list[int] = field(init=False)  # slot -> that whose storage it has
 
     def __post_init__(self) -> None:
+        self.owner = owners_of(self.region.slots)
         steps = [*self.region.prepare, *self.region.steps]
         self.made = {s: (at, step) for at, step in enumerate(steps) for s in step.outputs if s is not None}
         self.readers = {}
@@ -261,7 +263,7 @@ class _Check:
         """Groups, their sizes, reductions, waits, and sizes that only one rank knows."""
         mesh = self.plan.mesh
         for step in self.region.prepare:
-            if step.op.startswith(COLLECTIVE):
+            if step.op.startswith(NAMESPACE):
                 yield f"{self.at(step)}: a collective while weights are prepared"
         for slot in self.under_way():
             if [r.op for r in self.readers.get(slot, [])] != [WAIT] or slot in self.region.outputs.values():
@@ -278,8 +280,8 @@ class _Check:
                 yield f"{self.at(step)}: {kind} over {group!r}; the mesh has {', '.join(mesh.names)}"
                 continue
             if self.left(step):
-                held = {self.owner(s) for name, s in self.region.outputs.items() if name.startswith(CARRIED)}
-                if self.owner(_slot(step.args[0])) not in held:
+                held = {self.owner[s] for name, s in self.region.outputs.items() if name.startswith(CARRIED)}
+                if self.owner[_slot(step.args[0])] not in held:
                     yield f"{self.at(step)}: {kind} is left to the next region, and what it was given is not"
             elif [r.op for r in self.read_by(step)] != [WAIT]:
                 yield f"{self.at(step)}: {kind} is not waited for once, before it is read"
@@ -378,10 +380,9 @@ class _Check:
             of[item.slot] = {own}
         states = {i.slot for i in self.region.inputs if i.role == "state"}
         second: dict[int, tuple[bool, Step]] = {}  # state -> its first use by the second half, or first write
-        owner = owners_of(self.region.slots)
         for step in self.region.steps:
-            given, written = touches(step, owner)
-            halves = set().union(*(of.get(s, set()) for s in slots_of(step) if owner[s] not in states))
+            given, written = touches(step, self.owner)
+            halves = set().union(*(of.get(s, set()) for s in slots_of(step) if self.owner[s] not in states))
             if len(halves) > 1:
                 yield f"{self.at(step)}: computes with both halves"
             for slot in step.outputs:
@@ -394,11 +395,6 @@ class _Check:
                     yield f"{self.at(step)}: the first half uses {name} after the second ({self.at(second[state][1])})"
                 elif 1 in halves and not second.get(state, (False, step))[0]:
                     second[state] = writes, second[state][1] if state in second and not writes else step
-
-    def owner(self, slot: int) -> int:
-        """The slot whose storage a slot has."""
-        base = self.region.slots[slot].base
-        return slot if base is None else base
 
     def owners(self) -> Iterator[str]:
         """Which experts, and which rows of the vocabulary, a rank has: by its place on the mesh."""
@@ -461,4 +457,4 @@ def _positional(step: Step) -> list[Any]:
     return [*step.args, *(step.kwargs[a.name] for a in rest if a.name in step.kwargs)]
 
 
-__all__ = ["COLLECTIVE", "Collective", "CollectivesError", "check_ranks", "collectives_of"]
+__all__ = ["Collective", "CollectivesError", "check_ranks", "collectives_of"]

@@ -30,11 +30,10 @@ from atomc.artifact.plan import (
 )  # fmt: skip
 from atomc.artifact.store import ArtifactError
 from atomc.ops.library import CALLS
-from atomc.parallel.kinds import WAIT
+from atomc.parallel.kinds import NAMESPACE, WAIT
 from atomc.parallel.sizes import COUNTED, of_half
 
-COLLECTIVE: Final = "_c10d_functional"
-NAMESPACES: Final = ("aten", "atom", COLLECTIVE)
+NAMESPACES: Final = ("aten", "atom", NAMESPACE)
 # Operators that return a view where they can and a copy where they must.
 MAY_COPY: Final = frozenset({"aten::reshape", "aten::contiguous", "aten::to", "aten::flatten"})
 MOST_SHOWN: Final = 20
@@ -73,7 +72,7 @@ def operator_of(name: str) -> torch._ops.OpOverload | None:
     parts = name.split(".")
     if len(parts) != 3 or parts[0] not in NAMESPACES:
         return None
-    if parts[0] == COLLECTIVE:
+    if parts[0] == NAMESPACE:
         import_module("torch.distributed._functional_collectives")  # defines them; one rank needs none
     found: Any = torch.ops
     for part in parts:

@@ -35,7 +35,8 @@ def _probe(sizes: Sequence[int], halves: Sequence[int]) -> Probe:
     return found
 
 
-# Two sets of sizes, distinct primes, that no layout's block divides by accident; shapes that agree on both agree.
+# Two sets of sizes that no layout's block divides by accident, those of a step, its pools and messages distinct primes:
+# shapes that agree on both agree.
 PROBES: Final = (
     _probe((11, 3, 5, 7, 2, 13, 17, 19, 23, 1, 1), (29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73)),
     _probe((101, 29, 31, 37, 41, 43, 47, 53, 103, 2, 3), (107, 109, 113, 127, 131, 137, 139, 149, 151, 157, 163, 167)),

@@ -30,16 +30,7 @@ TARGET = Target(
     peaks=Peaks(bf16=2.25e15, fp8=4.5e15, fp4=9.0e15, vector=7.5e13),
     memory_bytes=180_000_000_000,
     memory_rate=8.0e12,
-    link=replace(
-        H100.link,
-        topology="switch",
-        rate=900.0e9,
-        devices=8,
-        share=0.79,
-        latency=15.0e-6,
-        origin="assumed",
-        contention="assumed",
-    ),
+    link=replace(H100.link, rate=900.0e9, origin="assumed", contention="assumed"),
     residency=Residency(
         shared_bytes=228 * KIB,
         shared_granule=128,

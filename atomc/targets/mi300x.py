@@ -32,16 +32,7 @@ TARGET = Target(
     peaks=Peaks(bf16=1.3074e15, fp8=2.6149e15, fp4=None, vector=1.634e14),
     memory_bytes=192 * GIB,
     memory_rate=5.3e12,
-    link=replace(
-        H100.link,
-        topology="mesh",
-        rate=7 * 64.0e9,
-        devices=8,
-        share=0.75,
-        latency=15.0e-6,
-        origin="reported",
-        contention="assumed",
-    ),
+    link=replace(H100.link, topology="mesh", rate=7 * 64.0e9, share=0.75, origin="reported", contention="assumed"),
     residency=Residency(
         shared_bytes=64 * KIB,
         shared_granule=512,

@@ -40,16 +40,7 @@ TARGET = Target(
     peaks=Peaks(bf16=2.5166e15, fp8=5.0332e15, fp4=10.0663e15, vector=1.573e14),
     memory_bytes=288 * GIB,
     memory_rate=8.0e12,
-    link=replace(
-        H100.link,
-        topology="mesh",
-        rate=7 * 76.8e9,
-        devices=8,
-        share=0.75,
-        latency=15.0e-6,
-        origin="assumed",
-        contention="assumed",
-    ),
+    link=replace(H100.link, topology="mesh", rate=7 * 76.8e9, share=0.75, origin="assumed", contention="assumed"),
     residency=Residency(
         shared_bytes=160 * KIB,
         shared_granule=1280,
